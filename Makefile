@@ -1,0 +1,38 @@
+# `make help` lists what there is. Everything runs in .venv; nothing is installed elsewhere.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install repro test test-all lint bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, got " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[dev]'
+	@touch $@
+
+install: $(INSTALLED) ## Make .venv with the pinned dependencies
+
+repro: install ## Run the pipeline: dvc repro
+	dvc repro
+
+test: install ## Run the tests, some minutes
+	python -m pytest -m "not slow"
+
+test-all: install ## All tests; set BACKDOOR_DATA_ROOT for those on real data
+	python -m pytest
+
+lint: install ## Check the code with ruff
+	ruff check .
+
+bench: install ## Measure the training engine against a plain PyTorch loop
+	python -m benchmarks.training
+
+clean: ## Remove .venv and scratch checkpoints; artifacts and DVC's cache stay
+	rm -rf $(VENV) .scratch

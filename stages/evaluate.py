@@ -1,0 +1,155 @@
+"""evaluate: what the defense reached, beside the undefended model and the oracle filter; metrics, plots, a table."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from stages.lib import checkpoints, device, metrics, runtime, stage, storage
+from stages.lib.errors import UserError
+from stages.lib.poisoning import open_poisoned
+
+HISTOGRAM_BINS = 40
+RECALL_POINTS = 200
+
+
+def score_histogram(scores: np.ndarray, poisoned: np.ndarray) -> list[dict]:
+    """Share of the clean and of the poisoned rows per bin; the outermost 0.5 % of the scores lie in the outer bins."""
+    low, high = np.percentile(scores, [0.5, 99.5])
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
+    clipped = scores.clip(low, high)
+    shares = [np.histogram(clipped[rows], edges)[0] / max(rows.sum(), 1) for rows in (~poisoned, poisoned)]
+    centres = (edges[:-1] + edges[1:]) / 2
+    return [
+        {"score": float(centre), "clean": float(clean), "poisoned": float(poison)}
+        for centre, clean, poison in zip(centres, *shares, strict=True)
+    ]
+
+
+def recall_curve(scores: np.ndarray, poisoned: np.ndarray) -> list[dict]:
+    """Share of the poison found as a function of the rows removed, up to three times the poison."""
+    n_poisoned = int(poisoned.sum())
+    found = np.concatenate([[0], np.cumsum(poisoned[np.argsort(-scores, kind="stable")])])
+    counts = np.unique(np.linspace(0, min(3 * n_poisoned, len(scores)), RECALL_POINTS).round().astype(int))
+    return [
+        {
+            "rows_removed": int(count),
+            "recall": float(found[count] / n_poisoned),
+            "perfect_filter": float(min(count / n_poisoned, 1)),
+        }
+        for count in counts
+    ]
+
+
+def training_curves(undefended: list[dict], oracle: list[dict], retrained: list[dict]) -> list[dict]:
+    return [
+        {
+            "epoch": one["epoch"],
+            **{
+                f"{name} {what}": epoch[what]
+                for what in ("accuracy", "loss")
+                for name, epoch in (("undefended", one), ("oracle", two), ("retrained", three))
+            },
+        }
+        for one, two, three in zip(undefended, oracle, retrained, strict=True)
+    ]
+
+
+def table(found: dict) -> str:
+    """The three rows that tell the story."""
+    lines = [f"{found['cell']}", f"{'':<24}{'clean_acc':>11}{'asr':>9}{'recall':>9}{'defense_score':>15}"]
+    for name, prefix, recall in (
+        ("undefended", "undefended_", 0.0),
+        ("this defense", "", found.get("poison_recall")),
+        ("oracle filter", "oracle_", 1.0),
+    ):
+        values = [found[f"{prefix}clean_acc"], found.get(f"{prefix}asr"), recall, found.get(f"{prefix}defense_score")]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        lines.append(f"{name:<24}{cells[0]:>11}{cells[1]:>9}{cells[2]:>9}{cells[3]:>15}")
+    return "\n".join(lines)
+
+
+def measure(args) -> tuple[dict, dict[str, list[dict]]]:
+    """The flat metrics and the rows of each plot."""
+    poisoned = open_poisoned(args.data, args.index)
+    digests = storage.digest(args.data), storage.digest(args.index)
+    checkpoint = checkpoints.load_for(args.checkpoint, args.data, args.index, digests)
+    with storage.open_(args.scores, "scores") as file:
+        scores, scored_index, defense = file["scores"][:], file.attrs["index"], file.attrs["defense"]
+    with storage.open_(args.kept, "kept_rows") as file:
+        kept_rows, kept_index = file["rows"][:], file.attrs["index"]
+    try:
+        reference = json.loads(args.reference.read_text())
+        reference["undefended"]["clean_acc"], reference["oracle"]["clean_acc"], reference["index"]
+    except FileNotFoundError as error:
+        raise UserError(f"{args.reference} is not there; make it with `dvc repro evaluate_reference`") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{args.reference} is damaged; make it again with `dvc repro evaluate_reference`") from error
+    for path, index in ((args.scores, scored_index), (args.kept, kept_index), (args.reference, reference["index"])):
+        if index != digests[1]:
+            raise UserError(f"{path} belongs to another poison index than {args.index}; run `dvc repro`")
+    n, is_poisoned = poisoned.index.n, poisoned.index.poisoned
+    if len(scores) != n:
+        raise UserError(f"{args.scores} holds {len(scores)} scores for {n} training rows; run `dvc repro score`")
+    kept = np.zeros(n, bool)
+    kept[kept_rows] = True
+    if checkpoint.conditions["n_rows"] != len(kept_rows):
+        raise UserError(f"{args.checkpoint} was not trained on the rows in {args.kept}; run `dvc repro retrain`")
+
+    model = metrics.of_model(checkpoint, poisoned, device.decide(runtime.load()).device)
+    found = {"cell": f"{args.setting}/{defense}/seed{args.seed}"} | model | metrics.of_filter(scores, kept, is_poisoned)
+    undefended, oracle = reference["undefended"], reference["oracle"]
+    found |= {"undefended_clean_acc": undefended["clean_acc"], "oracle_clean_acc": oracle["clean_acc"]}
+    found["gap_clean_acc"] = oracle["clean_acc"] - found["clean_acc"]
+    plots = {"training": training_curves(undefended["history"], oracle["history"], checkpoint.history)}
+    plots["scores"] = score_histogram(scores, is_poisoned)
+    plots["recall"] = recall_curve(scores, is_poisoned) if is_poisoned.any() else []
+    if is_poisoned.any():
+        found["defense_score"] = metrics.defense_score(found["clean_acc"], found["asr"], found["poison_recall"])
+        found |= {
+            "undefended_asr": undefended["asr"],
+            "undefended_defense_score": metrics.defense_score(undefended["clean_acc"], undefended["asr"], 0.0),
+            "oracle_asr": oracle["asr"],
+            "oracle_defense_score": oracle["defense_score"],
+            "gap_asr": found["asr"] - oracle["asr"],
+            "gap_defense_score": oracle["defense_score"] - found["defense_score"],
+        }
+    return found, plots
+
+
+def main(args) -> None:
+    plots = {name: args.plots / f"{name}.csv" for name in ("scores", "recall", "training")}
+    inputs = [args.data, args.index, args.scores, args.kept, args.checkpoint, args.reference]
+    with stage.Outputs([args.metrics, args.cell_metrics, *plots.values()], inputs, resources=args.resources) as temporary:
+        found, rows = measure(args)
+        for path in (args.metrics, args.cell_metrics):
+            temporary[path].write_text(json.dumps(found, indent=1) + "\n")
+        for name, path in plots.items():
+            columns = list(rows[name][0]) if rows[name] else ["rows_removed", "recall", "perfect_filter"]
+            with open(temporary[path], "w", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows[name])
+    print(table(found))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    options = stage.parser("evaluate", __doc__)
+    options.add_argument("--setting", required=True, help="named in the metrics")
+    stage.add_seed(options)
+    options.add_argument("--data", type=Path, required=True, help="output of prepare")
+    options.add_argument("--index", type=Path, required=True, help="output of poison")
+    options.add_argument("--scores", type=Path, required=True, help="output of score")
+    options.add_argument("--kept", type=Path, required=True, help="output of filter")
+    options.add_argument("--checkpoint", type=Path, required=True, help="checkpoint trained on the kept rows")
+    options.add_argument("--reference", type=Path, required=True, help="output of evaluate_reference")
+    options.add_argument("--metrics", type=Path, required=True, help="JSON file to write, the one that `dvc metrics` reads")
+    options.add_argument("--cell-metrics", type=Path, required=True, help="the same, kept beside the cell's other files")
+    options.add_argument("--plots", type=Path, required=True, help="folder for the CSV files that `dvc plots` draws")
+    stage.add_resources(options)
+    stage.run(main, options)

@@ -1,0 +1,96 @@
+"""Checkpoints: weights and how they came about, byte-stable, loaded without running any code from the file."""
+
+import json
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.lib.errors import UserError
+from stages.lib.training import Architecture
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """state: the network's tensors by name, on the CPU. history: one dict an epoch (epoch, lr, loss, accuracy).
+
+    conditions: rows trained on, number of rows, seed, recipe, collapses, device, digests of data set and poison index.
+    """
+
+    architecture: Architecture
+    state: dict[str, Tensor]
+    history: list[dict[str, float]]
+    conditions: dict
+
+    def model(self) -> torch.nn.Module:
+        model = self.architecture.build()
+        model.load_state_dict(self.state)
+        return model.eval()
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write to `path`; the same content gives the same bytes.
+
+    A file object, since torch.save embeds the stem of a path; JSON for all but the tensors, since a pickle's bytes
+    depend on which equal strings are one object.
+    """
+    about = {
+        "architecture": asdict(checkpoint.architecture),
+        "history": checkpoint.history,
+        "conditions": checkpoint.conditions,
+    }
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.state.items()}
+    with open(path, "wb") as file:
+        content = {"kind": "checkpoint", "schema_version": SCHEMA_VERSION, "about": json.dumps(about), "state": state}
+        torch.save(content, file)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read with ``weights_only=True``; `UserError` names the file if it is missing, cut short or something else."""
+    again = "make it again with `dvc repro`"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; {again}, or give its path") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: not a checkpoint of this project (it holds more than weights); {again}") from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable checkpoint, perhaps cut short; {again}") from error
+    if not isinstance(content, dict) or content.get("kind") != "checkpoint":
+        raise UserError(f"{path}: not a checkpoint of this project; {again}")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema version {content.get('schema_version')}, expected {SCHEMA_VERSION}; {again}")
+    try:
+        about = json.loads(content["about"])
+        fields = about["architecture"]
+        fields |= {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
+        checkpoint = Checkpoint(Architecture(**fields), content["state"], about["history"], about["conditions"])
+        expected = {name: tensor.shape for name, tensor in checkpoint.architecture.build().state_dict().items()}
+        found = {name: tensor.shape for name, tensor in checkpoint.state.items()}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: a damaged checkpoint ({type(error).__name__}: {error}); {again}") from error
+    if found != expected:
+        odd = next(name for name in (expected | found) if expected.get(name) != found.get(name))
+        raise UserError(
+            f"{path}: its weights are not those of {checkpoint.architecture.network} ({odd}: "
+            f"{_shape(found.get(odd))}, expected {_shape(expected.get(odd))}); {again}"
+        )
+    return checkpoint
+
+
+def load_for(path: Path, data: Path, index: Path, digests: tuple[str, str]) -> Checkpoint:
+    """`load`, and refuse a checkpoint that was trained on another data set or poison index."""
+    checkpoint = load(path)
+    recorded = checkpoint.conditions.get("data"), checkpoint.conditions.get("index")
+    for what, other, one, two in zip(("data set", "poison index"), (data, index), recorded, digests, strict=True):
+        if one != two:
+            raise UserError(f"{path} was trained on another {what} than {other}; train again (`dvc repro`)")
+    return checkpoint
+
+
+def _shape(shape) -> str:
+    return "missing" if shape is None else str(tuple(shape))

@@ -1,0 +1,41 @@
+"""What a model and a filter are measured by."""
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from stages.lib.inference import predict
+from stages.lib.poisoning import PoisonedData
+
+
+def defense_score(clean_acc: float, asr: float, poison_recall: float) -> float:
+    """``(clean_acc + (1 - asr) + poison_recall) / 3``, in [0, 1], higher is better."""
+    return (clean_acc + (1 - asr) + poison_recall) / 3
+
+
+def of_model(checkpoint, poisoned: PoisonedData, device) -> dict[str, float]:
+    """`clean_acc`: share of the clean test images that are classified right. `asr`, attack success rate: share of the
+    triggered test images of another true label that are classified as the target; left out where nothing is poisoned.
+    """
+    model, architecture = checkpoint.model(), checkpoint.architecture
+    clean = poisoned.test()
+    found = {"clean_acc": float((predict(model, architecture, clean.images, device) == clean.labels).mean())}
+    triggered = poisoned.triggered_test()
+    if triggered is not None:
+        answers = predict(model, architecture, triggered.images, device)
+        found["asr"] = float((answers == poisoned.index.target_label).mean())
+    return found
+
+
+def of_filter(scores: np.ndarray, kept: np.ndarray, poisoned: np.ndarray) -> dict[str, float | int]:
+    """How well the filter found the poison: (N,) scores, higher = more suspicious; kept and poisoned, (N,) bool.
+
+    `poison_recall`: share of the poisoned rows that were removed. `auroc` and `average_precision` of the scores judge
+    the ranking at every budget. All three are left out where nothing is poisoned.
+    """
+    removed = ~kept
+    found: dict[str, float | int] = {"rows_removed": int(removed.sum()), "clean_removed": int((removed & ~poisoned).sum())}
+    if poisoned.any():
+        found["poison_recall"] = float(removed[poisoned].mean())
+        found["auroc"] = float(roc_auc_score(poisoned, scores))
+        found["average_precision"] = float(average_precision_score(poisoned, scores))
+    return found

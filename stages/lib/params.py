@@ -1,0 +1,210 @@
+"""`params.yaml`, read and checked: every block as a typed value, every mistake as one line.
+
+Where the paper trail of the benchmark leaves a value open, `params.yaml` says so with the comment ``assumed``.
+"""
+
+import difflib
+import re
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from stages.lib.errors import UserError
+
+SOURCES = ("digits", "cifar10", "cifar100", "fashion_mnist")
+NETWORKS = ("resnet20", "vgg16bn", "mobilenetv2")
+TRIGGERS = ("badnets", "blend", "none")
+
+
+def _number(low: float, high: float, default=MISSING, low_open: bool = False):
+    return field(default=default, metadata={"low": low, "high": high, "low_open": low_open})
+
+
+def _one_of(*legal: str):
+    return field(metadata={"legal": legal})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images. `image_size`: pixels a side (digits only; the others have a size of their own). `pad_to`: zero-padded
+    evenly to so many pixels a side, after the trigger. `train_per_class`, `test_per_class`: so many of each class."""
+
+    source: str = _one_of(*SOURCES)
+    image_size: int | None = _number(8, 256, default=None)
+    pad_to: int | None = _number(8, 256, default=None)
+    train_per_class: int | None = _number(2, 10**7, default=None)
+    test_per_class: int | None = _number(1, 10**7, default=None)
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """`size`: pixels a side (badnets). `alpha` in (0, 1] and `pattern`, ``noise`` or the path of a picture (blend)."""
+
+    name: str = _one_of(*TRIGGERS)
+    size: int = _number(1, 256, default=3)
+    alpha: float = _number(0, 1, default=0.2, low_open=True)
+    pattern: str = "noise"
+
+
+@dataclass(frozen=True)
+class Poison:
+    """`poison_fraction`: share of the training rows, in (0, 0.5]; null with the trigger ``none``."""
+
+    trigger: Trigger
+    poison_fraction: float | None = _number(0, 0.5, default=None, low_open=True)
+    target_label: int = _number(0, 10**6, default=0)
+
+
+@dataclass(frozen=True)
+class Model:
+    network: str = _one_of(*NETWORKS)
+
+
+@dataclass(frozen=True)
+class Train:
+    """The recipe. `crop_padding` in pixels."""
+
+    epochs: int = _number(1, 100_000)
+    batch_size: int = _number(1, 1_000_000)
+    lr: float = _number(0, 1000, low_open=True)
+    momentum: float = _number(0, 1)
+    weight_decay: float = _number(0, 1)
+    crop_padding: int = _number(0, 64)
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    data: Data
+    poison: Poison
+    model: Model
+    train: Train
+
+
+@dataclass(frozen=True)
+class Filter:
+    """`budget`: ``fraction`` (budget_multiplier x poison_fraction x N rows), ``auto`` (as many as the defense suspects)
+    or a number of rows."""
+
+    budget: str | int = "fraction"
+    budget_multiplier: float = _number(0, 100, default=1.0, low_open=True)
+
+
+def read(path: Path) -> dict:
+    """The whole file as a mapping with the keys that it must have."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; run from the folder that holds it, or give --params") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping with setting, defense, seed, settings, defenses and filter")
+    known = ("setting", "defense", "seed", "filter", "defenses", "settings")
+    for key in values:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{_did_you_mean(key, known)}")
+    for key in ("settings", "defenses"):
+        if not isinstance(values.get(key), dict):
+            raise UserError(f"{path}: expected a block `{key}:` with one entry per name, got {values.get(key)!r}")
+    return values
+
+
+def setting(path: Path, name: str) -> Setting:
+    """The block ``settings.<name>``, all of it checked, whatever part the caller reads."""
+    settings = read(path)["settings"]
+    if name not in settings:
+        raise UserError(f"setting {name!r} is not in {path}{_did_you_mean(name, settings)}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"{path}: {name!r} cannot name a setting; it names a folder: letters, digits and . _ - only")
+    found = _build(Setting, settings[name], f"{path}: settings.{name}")
+    poison = found.poison
+    if (poison.trigger.name == "none") != (poison.poison_fraction is None):
+        raise UserError(
+            f"{path}: settings.{name}.poison: trigger {poison.trigger.name!r} with poison_fraction "
+            f"{poison.poison_fraction}; a trigger needs a fraction in (0, 0.5], and `none` needs null"
+        )
+    if found.data.image_size is not None and found.data.source != "digits":
+        raise UserError(f"{path}: settings.{name}.data.image_size: only digits can be enlarged; leave it out, or use pad_to")
+    return found
+
+
+def filter_(path: Path) -> Filter:
+    """The block ``filter``."""
+    found = _build(Filter, read(path).get("filter", {}), f"{path}: filter")
+    if isinstance(found.budget, str) and found.budget not in ("fraction", "auto"):
+        raise UserError(f"{path}: filter.budget is {found.budget!r}; use fraction, auto or a number of rows")
+    if isinstance(found.budget, int) and found.budget < 0:
+        raise UserError(f"{path}: filter.budget is {found.budget}; a number of rows is 0 or more")
+    return found
+
+
+def defense_options(path: Path, name: str) -> dict:
+    """The block ``defenses.<name>``: keyword arguments, to be checked by the defense itself."""
+    defenses = read(path)["defenses"]
+    if name not in defenses:
+        raise UserError(
+            f"defense {name!r} has no line in {path}{_did_you_mean(name, defenses)}; a new one needs `{name}: {{}}` under `defenses:`"
+        )
+    options = defenses[name]
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise UserError(f"{path}: defenses.{name} is {options!r}; expected its options, or {{}} for none")
+    return options
+
+
+def _build(cls, block, where: str):
+    """`block` as an instance of the dataclass `cls`; `where` names the block in messages."""
+    if not isinstance(block, dict):
+        raise UserError(f"{where} is {block!r}; expected a block with {', '.join(f.name for f in fields(cls))}")
+    known = {f.name: f for f in fields(cls)}
+    for key in block:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{_did_you_mean(key, known)}")
+    hints, values = typing.get_type_hints(cls), {}
+    for name, spec in known.items():
+        if name in block:
+            values[name] = _value(hints[name], block[name], spec.metadata, f"{where}.{name}")
+        elif spec.default is MISSING:
+            raise UserError(f"{where}: {name} is missing; expected {_expected(hints[name], spec.metadata)}")
+    return cls(**values)
+
+
+def _value(hint, value, metadata, where: str):
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        return _build(hint, value, where)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    # PyYAML reads 1e-5 (no dot) as a string, and so it arrives from `dvc exp run -S`.
+    if float in options and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        value = float(value)
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wrong = type(value) not in options
+    if not wrong and isinstance(value, int | float) and "low" in metadata:
+        too_low = value <= metadata["low"] if metadata["low_open"] else value < metadata["low"]
+        wrong = too_low or not value <= metadata["high"]
+    if not wrong and "legal" in metadata:
+        wrong = value not in metadata["legal"]
+    if wrong:
+        raise UserError(f"{where} is {value!r}; expected {_expected(hint, metadata)}")
+    return value
+
+
+def _expected(hint, metadata) -> str:
+    if "legal" in metadata:
+        return "one of " + ", ".join(metadata["legal"])
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    text = " or ".join(words.get(option, "a block") for option in options)
+    if "low" in metadata:
+        text += f" in {'(' if metadata['low_open'] else '['}{metadata['low']}, {metadata['high']}]"
+    return text
+
+
+def _did_you_mean(word, known) -> str:
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], 1)
+    return (f" (did you mean {close[0]}?)" if close else "") + f"; known: {', '.join(str(k) for k in known)}"

@@ -1,0 +1,81 @@
+"""score: one score per training sample by a defense, higher = more suspicious.
+
+Reads features, logits and labels after poisoning, nothing else: which rows are poisoned stands in the poison index,
+which this stage is never given. Works without DVC, with a defense from anywhere:
+python -m stages.score --defense path/to/file.py --features features.h5 --out scores.h5
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+import defenses
+from stages.lib import params, stage, storage
+from stages.lib.errors import UserError
+from stages.lib.seeds import stream
+
+
+def given_options(args) -> dict:
+    """Options of the defense: those of `params.yaml` for a named one, then those of the command line."""
+    options = {} if args.defense.endswith(".py") else dict(params.defense_options(args.params, args.defense))
+    for text in args.option:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"--option {text!r}: expected KEY=VALUE")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def main(args) -> None:
+    fraction = args.poison_fraction
+    if fraction is not None and not 0 < fraction <= 0.5:
+        raise UserError(f"--poison-fraction is {fraction}; expected a number in (0, 0.5]")
+    try:
+        with stage.Outputs(
+            [args.out], [args.features], lambda: given_options(args), args.resources
+        ) as temporary:
+            defense = defenses.load(args.defense, **given_options(args))
+            with storage.open_(args.features, "features") as file:
+                if fraction is None:
+                    fraction = storage.optional_fraction(file.attrs["poison_fraction"])
+                scores = defenses.score(
+                    defense,
+                    file["features"],
+                    file["logits"],
+                    file["labels"][:],
+                    fraction,
+                    seed=stream(args.seed, "defense"),
+                    n_classes=file["logits"].shape[1],
+                )
+                index = file.attrs.get("index", "")
+            attributes = {
+                "defense": args.defense,
+                "relies_on": json.dumps(defenses.relies_on(defense)),
+                "poison_fraction": np.nan if fraction is None else fraction,
+                "index": index,
+                "features": storage.digest(args.features),
+            }
+            if getattr(defense, "n_suspected_", None) is not None:
+                attributes["n_suspected"] = int(defense.n_suspected_)
+            if getattr(defense, "suspected_classes_", None) is not None:
+                attributes["suspected_classes"] = np.asarray(defense.suspected_classes_, np.int64)
+            with stage.naming(args.out):
+                storage.write(temporary[args.out], "scores", {"scores": scores}, attributes)
+    except defenses.DefenseError as error:
+        raise UserError(str(error)) from error
+    print(f"{args.defense}: {len(scores)} scores in {args.out}")
+
+
+if __name__ == "__main__":
+    options = stage.parser("score", __doc__.partition("\n")[0])
+    options.add_argument("--defense", required=True, help="name of a file in defenses/, or path of a .py file")
+    options.add_argument("--features", type=Path, required=True, help="output of extract")
+    options.add_argument("--out", type=Path, required=True, help="HDF5 file to write")
+    options.add_argument("--seed", type=int, default=0, help="seed of the experiment")
+    options.add_argument("--params", type=Path, default=Path("params.yaml"), help="file with the options of defenses")
+    options.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the defense")
+    options.add_argument("--poison-fraction", type=float, help="told to the defense; default: as stored in the features")
+    stage.add_resources(options)
+    stage.run(main, options)
