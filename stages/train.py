@@ -46,7 +46,7 @@ def main(args) -> None:
         architecture = Architecture(
             model.network, poisoned.n_classes, poisoned.image_size, poisoned.mean, poisoned.std
         )
-        where = device.decide(runtime.load(), len(rows) * recipe.epochs)
+        where = device.decide(runtime.load())
         title = {ALL: "victim", CLEAN: "oracle"}.get(args.rows, "retrained")
         print(f"{title}: {model.network} on {len(rows)} rows, {recipe.epochs} epochs, {where}", flush=True)
         conditions = {

@@ -35,11 +35,11 @@ class _BasicBlock(nn.Module):
         self.new_channels = channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
         if self.stride > 1 or self.new_channels:  # option A of the paper: subsample, pad with zero channels
             half = self.new_channels // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.new_channels - half))
-        return F.relu(out + x)
+        return F.relu_(out + x)
 
 
 class ResNet20(_Network):
@@ -52,7 +52,7 @@ class ResNet20(_Network):
 
     def __init__(self, in_channels: int, n_classes: int):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
         blocks, width = [], 16
         for channels, stride in ((16, 1), (32, 2), (64, 2)):
             for i in range(3):
@@ -85,7 +85,7 @@ class VGG16BN(_Network):
             if channels == 0:
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(width, channels, 3, 1, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+                layers += [nn.Conv2d(width, channels, 3, 1, 1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
                 width = channels
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(self.n_features, n_classes)
@@ -101,8 +101,8 @@ class _InvertedResidual(nn.Module):
         hidden = in_channels * expansion
         layers = []
         if expansion > 1:
-            layers += [nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
-        layers += [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
+            layers += [nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+        layers += [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
         layers += [nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels)]
         self.layers = nn.Sequential(*layers)
         self.identity = stride == 1 and in_channels == channels
@@ -121,14 +121,14 @@ class MobileNetV2(_Network):
 
     def __init__(self, in_channels: int, n_classes: int):
         super().__init__()
-        layers, width = [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()], 32
+        layers, width = [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6(inplace=True)], 32
         for expansion, channels, repeats, stride in (
             (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
         ):  # fmt: skip
             for i in range(repeats):
                 layers.append(_InvertedResidual(width, channels, stride if i == 0 else 1, expansion))
                 width = channels
-        layers += [nn.Conv2d(width, self.n_features, 1, bias=False), nn.BatchNorm2d(self.n_features), nn.ReLU6()]
+        layers += [nn.Conv2d(width, self.n_features, 1, bias=False), nn.BatchNorm2d(self.n_features), nn.ReLU6(inplace=True)]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(self.n_features, n_classes)
         _init_fan_out(self)
