@@ -84,6 +84,7 @@ def measure(args) -> tuple[dict, dict[str, list[dict]]]:
         kept_rows, kept_index = file["rows"][:], file.attrs["index"]
     try:
         reference = json.loads(args.reference.read_text())
+        epochs = {len(reference[name]["history"]) for name in ("undefended", "oracle")} | {len(checkpoint.history)}
         reference["undefended"]["clean_acc"], reference["oracle"]["clean_acc"], reference["index"]
     except FileNotFoundError as error:
         raise UserError(f"{args.reference} is not there; make it with `dvc repro evaluate_reference`") from error
@@ -92,6 +93,8 @@ def measure(args) -> tuple[dict, dict[str, list[dict]]]:
     for path, index in ((args.scores, scored_index), (args.kept, kept_index), (args.reference, reference["index"])):
         if index != digests[1]:
             raise UserError(f"{path} belongs to another poison index than {args.index}; run `dvc repro`")
+    if len(epochs) > 1:
+        raise UserError(f"{args.reference} is of other epochs than {args.checkpoint}; train again (`dvc repro`)")
     n, is_poisoned = poisoned.index.n, poisoned.index.poisoned
     if len(scores) != n:
         raise UserError(f"{args.scores} holds {len(scores)} scores for {n} training rows; run `dvc repro score`")

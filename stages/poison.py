@@ -1,6 +1,5 @@
 """poison: choose the rows that the attacker stamps and relabels, and record them in the poison index."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import numpy as np
 
 from stages.lib import params, stage, storage, triggers
 from stages.lib.poisoning import choose_rows
+
+PARAMETERS = {"badnets": ("size",), "blend": ("alpha", "pattern")}  # what of the trigger's block each one reads
 
 
 def main(args) -> None:
@@ -23,7 +24,7 @@ def main(args) -> None:
             stamp = triggers.Stamp(np.zeros(shape, np.uint8), np.zeros((*shape[:2], 1), np.float32))
         else:
             rows = choose_rows(labels, spec.poison_fraction, spec.target_label, args.seed)
-            trigger = dataclasses.asdict(spec.trigger)
+            trigger |= {name: getattr(spec.trigger, name) for name in PARAMETERS[spec.trigger.name]}
             if spec.trigger.name == "badnets":
                 stamp = triggers.badnets(shape, spec.trigger.size)
             else:

@@ -24,7 +24,10 @@ def given_options(args) -> dict:
         key, separator, value = text.partition("=")
         if not separator:
             raise UserError(f"--option {text!r}: expected KEY=VALUE")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"--option {text!r}: {value!r} is not valid YAML") from error
     return options
 
 
@@ -57,10 +60,15 @@ def main(args) -> None:
                 "index": index,
                 "features": storage.digest(args.features),
             }
-            if getattr(defense, "n_suspected_", None) is not None:
-                attributes["n_suspected"] = int(defense.n_suspected_)
-            if getattr(defense, "suspected_classes_", None) is not None:
-                attributes["suspected_classes"] = np.asarray(defense.suspected_classes_, np.int64)
+            try:
+                if getattr(defense, "n_suspected_", None) is not None:
+                    attributes["n_suspected"] = int(defense.n_suspected_)
+                if getattr(defense, "suspected_classes_", None) is not None:
+                    attributes["suspected_classes"] = np.asarray(defense.suspected_classes_, np.int64)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise UserError(
+                    f"defense {args.defense}: n_suspected_ or suspected_classes_ is no whole number ({error})"
+                ) from error
             with stage.naming(args.out):
                 storage.write(temporary[args.out], "scores", {"scores": scores}, attributes)
     except defenses.DefenseError as error:

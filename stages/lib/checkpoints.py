@@ -57,8 +57,8 @@ def load(path: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; {again}, or give its path") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: not a checkpoint of this project (it holds more than weights); {again}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint of this project (no weights, or more than weights); {again}") from error
+    except Exception as error:  # on bytes that mean nothing the unpickler also raises IndexError, KeyError, struct.error
         raise UserError(f"{path}: not a readable checkpoint, perhaps cut short; {again}") from error
     if not isinstance(content, dict) or content.get("kind") != "checkpoint":
         raise UserError(f"{path}: not a checkpoint of this project; {again}")

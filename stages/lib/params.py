@@ -89,7 +89,7 @@ class Filter:
     """`budget`: ``fraction`` (budget_multiplier x poison_fraction x N rows), ``auto`` (as many as the defense suspects)
     or a number of rows."""
 
-    budget: str | int = "fraction"
+    budget: str | int = field(default="fraction", metadata={"expected": "fraction, auto or a number of rows"})
     budget_multiplier: float = _number(0, 100, default=1.0, low_open=True)
 
 
@@ -99,7 +99,7 @@ def read(path: Path) -> dict:
         values = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; run from the folder that holds it, or give --params") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping with setting, defense, seed, settings, defenses and filter")
@@ -136,7 +136,7 @@ def filter_(path: Path) -> Filter:
     """The block ``filter``."""
     found = _build(Filter, read(path).get("filter", {}), f"{path}: filter")
     if isinstance(found.budget, str) and found.budget not in ("fraction", "auto"):
-        raise UserError(f"{path}: filter.budget is {found.budget!r}; use fraction, auto or a number of rows")
+        raise UserError(f"{path}: filter.budget is {found.budget!r}; expected fraction, auto or a number of rows")
     if isinstance(found.budget, int) and found.budget < 0:
         raise UserError(f"{path}: filter.budget is {found.budget}; a number of rows is 0 or more")
     return found
@@ -195,6 +195,8 @@ def _value(hint, value, metadata, where: str):
 
 
 def _expected(hint, metadata) -> str:
+    if "expected" in metadata:
+        return metadata["expected"]
     if "legal" in metadata:
         return "one of " + ", ".join(metadata["legal"])
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -46,7 +46,7 @@ def load() -> Runtime:
     if path.is_file():
         try:
             values = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
             raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected lines like `device: cpu`, got a {type(values).__name__}")
@@ -66,5 +66,8 @@ def load() -> Runtime:
         if value not in legal and not (key == "device" and str(value).startswith("cuda:")):
             raise UserError(f"{origin[key]}: {key} is {value!r}; use one of {', '.join(legal)}")
         values[key] = value
-    values["data_root"] = home() / Path(str(values.get("data_root", "data"))).expanduser()
+    root = values.get("data_root", "data")
+    if not isinstance(root, str):
+        raise UserError(f"{origin['data_root']}: data_root is {root!r}; expected the path of a folder")
+    values["data_root"] = home() / Path(root).expanduser()
     return Runtime(**values)

@@ -52,10 +52,14 @@ class Outputs:
         self.parameters, self.resources = parameters, resources
 
     def __enter__(self) -> dict[Path, Path]:
+        published = [*self.outputs, *([self.resources] if self.resources else [])]
+        for path in published:
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; expected the name of a file to write")
         self.before = {path: _identity(path) for path in self.inputs}
         self.parameters_before = self.parameters()
         self.temporary = {}
-        for path in [*self.outputs, *([self.resources] if self.resources else [])]:
+        for path in published:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path)
             self.temporary[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -67,9 +71,10 @@ class Outputs:
                 self._check_unchanged()
                 if self.resources:
                     self.temporary[self.resources].write_text(json.dumps(_resources(), indent=2) + "\n")
-                for path, temporary in self.temporary.items():
+                for temporary in self.temporary.values():
                     with open(temporary, "rb") as file:
                         os.fsync(file.fileno())
+                for path, temporary in self.temporary.items():  # not before all of them are safe
                     os.replace(temporary, path)
         finally:
             for temporary in self.temporary.values():
@@ -98,7 +103,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except UserError as error:
         sys.exit(f"{name}: {' '.join(str(error).split())}")
     except OSError as error:  # disk full, permission denied: the file's name and the system's words say it
-        sys.exit(f"{name}: {error.strerror or error}: {error.filename or 'no file named'}; nothing was written")
+        words = " ".join(str(error.strerror or error).split())
+        sys.exit(f"{name}: {words}: {error.filename or 'no file named'}; nothing was written")
     except MemoryError:
         sys.exit(f"{name}: out of memory; nothing was written")
     except KeyboardInterrupt:

@@ -107,16 +107,17 @@ def open_(path: Path, kind: str) -> h5py.File:
     with _readable(path):
         try:
             file = h5py.File(path, "r")
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            raise
         except OSError as error:
             raise UserError(f"{path}: not a readable HDF5 file, perhaps cut short ({error}); {again}") from error
     try:
         found = file.attrs.get("kind", "none")
-        if found != kind:
+        if not isinstance(found, str) or found != kind:
             raise UserError(f"{path}: holds kind {found!r}, expected {kind!r}; give the right file, or {again}")
-        if file.attrs.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"{path}: schema version {file.attrs.get('schema_version')}, expected {SCHEMA_VERSION}; {again}"
-            )
+        version = file.attrs.get("schema_version")
+        if np.ndim(version) or version != SCHEMA_VERSION:
+            raise UserError(f"{path}: schema version {version}, expected {SCHEMA_VERSION}; {again}")
         for name in attributes:
             if name not in file.attrs:
                 raise UserError(f"{path}: attribute {name!r} is missing; {again}")
@@ -168,7 +169,7 @@ class _readable:
             raise UserError(f"{self.path} is a folder; expected a file")
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise UserError(f"{self.path} is not there; make it with `dvc repro`, or give its path") from error
         if isinstance(error, PermissionError):
             raise UserError(f"{self.path} cannot be read: permission denied") from error

@@ -85,8 +85,8 @@ def crops(images: np.ndarray, padding: int, device: torch.device) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (B, H, W, C) to float32 (B, C, H, W) in channels-last memory; `mean` and `std` in units of 255."""
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+    """uint8 (B, H, W, C) to float (B, C, H, W) in channels-last memory; `mean` and `std` in units of 255."""
+    return ((images.to(mean.dtype) - mean) / std).permute(0, 3, 1, 2)
 
 
 class Trainer:
@@ -140,7 +140,7 @@ class Trainer:
         inputs = normalise(images, self.mean, self.std)
         with torch.autocast(self.device.device.type, torch.bfloat16, enabled=self.device.precision == "bf16"):
             logits = (self.model if model is None else model)(inputs)
-        logits = logits.float()
+        logits = logits.to(inputs.dtype)  # the loss is taken in full precision
         loss = F.cross_entropy(logits, labels)
         loss.backward()
         self.optimizer.step()
@@ -223,7 +223,7 @@ class Trainer:
 
 def collapse_epoch(epochs: int) -> int:
     """After which epoch a training is judged: 10 % of them, but not before the fifth (short trainings start slowly)."""
-    return max(math.ceil(epochs / 10), min(epochs, 5))
+    return max(math.ceil(epochs / 10), 5)
 
 
 def collapse_accuracy(labels: np.ndarray, n_classes: int) -> float:

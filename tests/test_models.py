@@ -1,0 +1,84 @@
+"""Golden facts of the networks."""
+
+import pytest
+import torch
+from torch import nn
+
+from stages.lib import models
+from stages.lib.errors import UserError
+
+FACTS = {  # parameters for 3 channels and 10 classes, features, convolutions
+    "resnet20": (269_722, 64, 19),
+    "vgg16bn": (14_728_266, 512, 13),
+    "mobilenetv2": (2_236_682, 1280, 52),
+}
+
+
+@pytest.mark.parametrize("network", models.NETWORKS)
+def test_facts(network):
+    parameters, width, convolutions = FACTS[network]
+    model = models.build(network, 3, 10, 32, seed=0).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == convolutions
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        features = model.forward_features(x.clone())
+        assert features.shape == (4, width) and width == model.n_features
+        assert torch.equal(model.forward_head(features), model(x.clone()))
+        assert features.min() >= 0, "penultimate features come out of a rectifier"
+
+
+@pytest.mark.parametrize("network", models.NETWORKS)
+def test_input_is_left_untouched(network):
+    """Rectifiers work in place, the input must not be among what they touch."""
+    model = models.build(network, 1, 10, 32, seed=0)
+    x = torch.randn(4, 1, 32, 32)
+    before = x.clone()
+    model(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("network", models.NETWORKS)
+def test_weights_follow_the_seed_alone(network):
+    one, two, other = (models.build(network, 3, 10, 32, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    models.build(network, 3, 10, 32, seed=1)
+    assert torch.equal(torch.rand(3), expected), "building must not touch the global generator"
+
+
+def test_zero_padded_shortcut():
+    """Option A: with the residual branch at zero, a block of stride 2 subsamples and pads with zero channels."""
+    block = models._BasicBlock(2, 4, 2).eval()
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(1, 2, 4, 4)
+    expected = torch.zeros(1, 4, 2, 2)
+    expected[:, 1:3] = x[:, :, ::2, ::2]
+    assert torch.equal(block(x), expected)
+
+
+def test_spatial_sizes_of_mobilenetv2():
+    """Strides for 32 x 32: 32, 32, 16, 8, 8, 4, 4 after the seven groups of the paper's table 2."""
+    model, sizes = models.build("mobilenetv2", 3, 10, 32, seed=0).eval(), []
+    x = torch.zeros(1, 3, 32, 32)
+    for layer in model.layers:
+        x = layer(x)
+        sizes.append((x.shape[1], x.shape[2]))
+    assert [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]] == [
+        (32, 32), (16, 32), (24, 32), (32, 16), (64, 8), (96, 8), (160, 4), (320, 4), (1280, 4),
+    ]  # fmt: skip
+
+
+def test_too_small_images_are_refused():
+    with pytest.raises(UserError, match="vgg16bn needs images of at least 32 pixels a side, got 16"):
+        models.build("vgg16bn", 3, 10, 16, seed=0)
+    for network, size in models.MIN_IMAGE_SIZE.items():
+        assert models.build(network, 3, 10, size, seed=0)(torch.zeros(2, 3, size, size)).shape == (2, 10)
+
+
+def test_unknown_network():
+    with pytest.raises(UserError, match="use one of resnet20, vgg16bn, mobilenetv2"):
+        models.build("resnet18", 3, 10, 32, seed=0)

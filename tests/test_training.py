@@ -1,0 +1,301 @@
+"""The engine against a slow, obvious loop; determinism, interruption and collapse."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from stages.lib import models, scratch, training
+from stages.lib.device import Device
+from stages.lib.errors import UserError
+from stages.lib.seeds import stream
+from stages.lib.training import Architecture, Recipe, Trainer, learning_rate
+
+CPU = Device(torch.device("cpu"), "fp32", False, "tests")
+RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, momentum=0.9, weight_decay=5e-4, crop_padding=2, flip=True)
+ARCHITECTURE = Architecture("resnet20", 3, 8, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+
+def images_and_labels(n=40, size=8, channels=3, n_classes=3, seed=0):
+    """Learnable: the brightness of the image's upper half tells the class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, n_classes, n)
+    images = rng.integers(0, 80, (n, size, size, channels), dtype=np.uint8)
+    images[:, : size // 2] += (labels * 80).astype(np.uint8)[:, None, None, None]
+    return images, labels
+
+
+class ReferenceSet(Dataset):
+    """Pad, crop, flip and normalise one image at a time, as one would write it down from the paper."""
+
+    def __init__(self, images, labels, architecture, recipe, choices):
+        self.images, self.labels, self.architecture, self.p = images, labels, architecture, recipe.crop_padding
+        self.choices = choices.T.tolist()
+
+    def __len__(self):
+        return len(self.choices)
+
+    def __getitem__(self, i):
+        row, top, left, flip = self.choices[i]
+        image = torch.from_numpy(self.images[row]).permute(2, 0, 1)
+        padded = F.pad(image, (self.p,) * 4)
+        image = padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+        if flip:
+            image = torch.flip(image, (2,))
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.architecture.mean, self.architecture.std))
+        return (image / torch.tensor(255.0) - mean) / std, self.labels[row]
+
+
+def reference_weights(images, labels, architecture, recipe, seed, epochs):
+    model = architecture.build(stream(seed, "training", 0, "weights")).train()
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, foreach=False
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+    sizes = []
+    for epoch in range(epochs):
+        choices = training.draws(len(labels), recipe, seed, 0, epoch)
+        for inputs, targets in DataLoader(ReferenceSet(images, labels, architecture, recipe, choices), recipe.batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            sizes.append(len(targets))
+        schedule.step()
+    return model.state_dict(), sizes
+
+
+@pytest.mark.parametrize("network, size, epochs", [("resnet20", 8, 2), ("mobilenetv2", 8, 2), ("vgg16bn", 32, 1)])
+def test_same_weights_as_the_plain_loop(network, size, epochs, request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    """Two steps an epoch, the second short. In double precision: batch normalisation over so few values amplifies
+    rounding from step to step, and what is compared is the arithmetic."""
+    torch.set_default_dtype(torch.float64)
+    images, labels = images_and_labels(n=24, size=size)
+    architecture = Architecture(network, 3, size, ARCHITECTURE.mean, ARCHITECTURE.std)
+    recipe = Recipe(**{**vars(RECIPE), "epochs": 20, "lr": 0.01})
+    expected, sizes = reference_weights(images, labels, architecture, recipe, 3, epochs)
+    assert sizes == [16, 8] * epochs
+    trainer = Trainer(images, labels, architecture, recipe, CPU, seed=3)
+    for _ in range(epochs):
+        trainer.run_epoch()
+    found = trainer.model.state_dict()
+    start = architecture.build(stream(3, "training", 0, "weights")).state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+        if tensor.ndim > 1:
+            assert (tensor - start[name]).abs().max() > 1e-4, f"{name} has not moved by more than the tolerance"
+
+
+def test_learning_rate_is_the_closed_form():
+    recipe = Recipe(**{**vars(RECIPE), "epochs": 100, "lr": 0.1})
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], 0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    for epoch in range(100):
+        assert learning_rate(recipe, epoch) == pytest.approx(0.05 * (1 + math.cos(math.pi * epoch / 100)), rel=1e-12)
+        assert learning_rate(recipe, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert learning_rate(recipe, 100) == pytest.approx(0, abs=1e-15)
+
+
+def test_history_tells_loss_accuracy_and_rate():
+    images, labels = images_and_labels(n=200)
+    trainer = Trainer(images, labels, ARCHITECTURE, Recipe(**{**vars(RECIPE), "epochs": 6}), CPU, seed=0)
+    for _ in range(6):
+        trainer.run_epoch()
+    assert [row["epoch"] for row in trainer.history] == [1, 2, 3, 4, 5, 6]
+    assert trainer.history[0]["lr"] == 0.05 and trainer.history[-1]["lr"] < 0.01
+    assert trainer.history[0]["loss"] > trainer.history[-1]["loss"] > 0
+    assert trainer.history[-1]["accuracy"] > 0.9
+
+
+def test_one_seed_gives_one_model_bit_for_bit():
+    images, labels = images_and_labels()
+    states = []
+    for seed in (7, 7, 8):
+        trainer = Trainer(images, labels, ARCHITECTURE, RECIPE, CPU, seed)
+        trainer.run_epoch()
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_draws_are_a_permutation_with_all_offsets_and_half_flipped():
+    recipe = Recipe(**{**vars(RECIPE), "crop_padding": 4})
+    n = 81 * 400
+    rows, top, left, flip = training.draws(n, recipe, seed=0, attempt=0, epoch=0)
+    assert torch.equal(rows.sort().values, torch.arange(n))
+    counts = torch.bincount(top * 9 + left, minlength=81)
+    # Chi-squared with 80 degrees of freedom: 99.99 % of the time under 136.
+    assert len(counts) == 81 and ((counts - 400.0) ** 2 / 400).sum() < 136
+    assert abs(flip.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(n)
+    assert abs(torch.corrcoef(torch.stack([top, left, flip]).double()).fill_diagonal_(0)).max() < 4 / math.sqrt(n)
+    assert not torch.equal(rows, training.draws(n, recipe, 0, 0, epoch=1)[0])
+    assert training.draws(n, Recipe(**{**vars(recipe), "flip": False}), 0, 0, 0)[3].sum() == 0
+
+
+def test_crops_are_what_numpy_cuts_out():
+    images, _ = images_and_labels(n=5, size=6)
+    view = training.crops(images, 2, torch.device("cpu"))
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    assert view.shape == (5, 5, 5, 6, 6, 3)
+    for top in range(5):
+        for left in range(5):
+            np.testing.assert_array_equal(view[:, top, left], padded[:, top : top + 6, left : left + 6])
+
+
+def test_crops_take_no_memory_of_their_own():
+    images, _ = images_and_labels(n=5, size=6)
+    assert training.crops(images, 2, torch.device("cpu")).untyped_storage().nbytes() == 5 * 10 * 10 * 3
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+torch.set_num_threads(1)
+from stages.lib import scratch, training
+from test_training import ARCHITECTURE, CPU, RECIPE, images_and_labels
+scratch.MAX_COST = 1e9  # save after every epoch
+images, labels = images_and_labels(n=400)
+recipe = training.Recipe(**{{**vars(RECIPE), "epochs": 25}})
+with scratch.Scratch({{}}, {folder!r}, min_seconds=0) as saved:
+    trained = training.train(images, labels, ARCHITECTURE, recipe, CPU, 1, "test", saved)
+    torch.save([trained.state, trained.history], {out!r})
+saved.remove()
+"""
+
+
+def interrupted(tmp_path, name, signals):
+    """Run the training as a process, interrupted after so many seconds by such a signal each; return its result."""
+    here = os.path.dirname(__file__)
+    script = SCRIPT.format(
+        tests=here, root=os.path.dirname(here), folder=str(tmp_path / name), out=str(tmp_path / f"{name}.pt")
+    )
+    resumed = 0
+    for after, how in signals:
+        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+        # From the first epoch on, so that the kill falls into the training and not into the imports.
+        line = process.stderr.readline()
+        while line and "epoch" not in line:
+            line = process.stderr.readline()
+        time.sleep(after)
+        process.send_signal(how)
+        process.communicate(timeout=60)
+    final = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=True, timeout=120)
+    resumed = "going on after epoch" in final.stderr
+    return torch.load(tmp_path / f"{name}.pt", weights_only=True), resumed
+
+
+def test_killed_training_goes_on_and_ends_bit_equal(tmp_path):
+    (state, history), resumed = interrupted(tmp_path, "through", [])
+    assert not resumed
+    rng = random.Random(0)
+    signals = [(rng.uniform(0, 0.5), how) for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL)]
+    (again, history_again), resumed = interrupted(tmp_path, "killed", signals)
+    assert resumed, "the kills came too late to be a test"
+    assert history == history_again
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert not list((tmp_path / "killed").glob("*.pt")), "a finished training leaves no scratch checkpoint"
+
+
+def test_saving_takes_at_most_one_percent(tmp_path, monkeypatch):
+    clock, saves = [0.0], []
+    monkeypatch.setattr(scratch.time, "monotonic", lambda: clock[0])
+    keeper = scratch.Scratch({}, tmp_path)
+
+    def state():
+        saves.append(clock[0])
+        clock[0] += 3.0  # a slow disk
+        return {}
+
+    for _ in range(5000):
+        clock[0] += 1.0
+        keeper.offer(state)
+    assert len(saves) > 10
+    assert 3.0 * len(saves) / clock[0] < 0.0101
+    assert saves[0] >= keeper.min_seconds
+
+
+def test_scratch_belongs_to_one_training(tmp_path):
+    one, same, other = (scratch.Scratch({"seed": seed}, tmp_path, 0) for seed in (1, 1, 2))
+    monotonic = time.monotonic() - 100
+    one.saved = monotonic
+    one.offer(lambda: {"epoch": 4})
+    assert same.load() == {"epoch": 4}
+    assert other.load() is None
+    one.path.write_bytes(one.path.read_bytes()[:50])
+    assert same.load() is None, "a damaged scratch checkpoint is as good as none"
+
+
+def test_second_process_waits_for_the_same_training(tmp_path, capsys):
+    import threading
+
+    first, second = scratch.Scratch({}, tmp_path), scratch.Scratch({}, tmp_path)
+    with first:
+        waiting = threading.Thread(target=second.__enter__)
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    second.__exit__()
+    assert "waiting" in capsys.readouterr().err
+
+
+def test_a_collapse_is_recorded_and_repeated_with_another_seed(monkeypatch):
+    """The first network answers with one class whatever it sees; the second is as it should be."""
+    images, labels = images_and_labels(n=120)
+    build, seeds = models.build, []
+
+    def first_is_dead(network, in_channels, n_classes, image_size, seed):
+        model = build(network, in_channels, n_classes, image_size, seed)
+        seeds.append(seed)
+        if len(seeds) == 1:
+            for parameter in model.parameters():
+                torch.nn.init.zeros_(parameter)
+        return model
+
+    monkeypatch.setattr(models, "build", first_is_dead)
+    recipe = Recipe(**{**vars(RECIPE), "epochs": 8})
+    trained = training.train(images, labels, ARCHITECTURE, recipe, CPU, 0, "test")
+    assert len(trained.collapses) == 1 and "accuracy" in trained.collapses[0]
+    assert len(set(seeds)) == 2
+    assert len(trained.history) == 8 and trained.history[-1]["accuracy"] > 0.8
+    assert torch.isfinite(next(iter(trained.state.values()))).all()
+
+
+def test_three_collapses_end_in_one_line():
+    images, labels = images_and_labels()
+    with pytest.raises(UserError, match=r"test collapsed 3 times \(loss nan.*lower train.lr") as error:
+        training.train(images, labels, ARCHITECTURE, Recipe(**{**vars(RECIPE), "lr": 1e20}), CPU, 0, "test")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "counts, n_classes, floor",
+    [
+        ([100] * 10, 10, 0.2),  # balanced: twice chance
+        ([595] + [95] * 99, 100, 595 / 10000 + 0.02 * (1 - 595 / 10000)),  # CIFAR-100 with 5 % poison: 2/C is 0.02
+        ([50, 50], 2, 0.51),  # 2/C would ask for 1.0
+        ([90, 10], 2, 0.902),
+    ],
+)
+def test_collapse_floor(counts, n_classes, floor):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    assert training.collapse_accuracy(labels, n_classes) == pytest.approx(floor, abs=2e-3)
+    assert floor > max(counts) / sum(counts), "a constant answer must count as a collapse"
+
+
+def test_collapse_is_judged_after_a_tenth_but_not_before_the_fifth_epoch():
+    assert [training.collapse_epoch(epochs) for epochs in (1, 30, 50, 100, 101)] == [5, 5, 5, 10, 11]
