@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,14 @@ def score_histogram(scores: np.ndarray, poisoned: np.ndarray) -> list[dict]:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
     clipped = scores.clip(low, high)
-    shares = [np.histogram(clipped[rows], edges)[0] / max(rows.sum(), 1) for rows in (~poisoned, poisoned)]
-    centres = (edges[:-1] + edges[1:]) / 2
-    return [
-        {"score": float(centre), "clean": float(clean), "poisoned": float(poison)}
-        for centre, clean, poison in zip(centres, *shares, strict=True)
-    ]
+    rows = []
+    for name, chosen in (("clean", ~poisoned), ("poisoned", poisoned)):
+        shares = np.histogram(clipped[chosen], edges)[0] / max(chosen.sum(), 1)
+        rows += [
+            {"score": float(start), "score_end": float(end), "share": float(share), "rows": name}
+            for start, end, share in zip(edges, edges[1:], shares, strict=False)
+        ]
+    return rows
 
 
 def recall_curve(scores: np.ndarray, poisoned: np.ndarray) -> list[dict]:
@@ -36,26 +37,21 @@ def recall_curve(scores: np.ndarray, poisoned: np.ndarray) -> list[dict]:
     found = np.concatenate([[0], np.cumsum(poisoned[np.argsort(-scores, kind="stable")])])
     counts = np.unique(np.linspace(0, min(3 * n_poisoned, len(scores)), RECALL_POINTS).round().astype(int))
     return [
-        {
-            "rows_removed": int(count),
-            "recall": float(found[count] / n_poisoned),
-            "perfect_filter": float(min(count / n_poisoned, 1)),
-        }
-        for count in counts
+        {"rows_removed": int(count), "recall": float(recall), "filter": name}
+        for name, recalls in (
+            ("this defense", found[counts] / max(n_poisoned, 1)),
+            ("perfect filter", np.minimum(counts / max(n_poisoned, 1), 1)),
+        )
+        for count, recall in zip(counts, recalls, strict=True)
     ]
 
 
-def training_curves(undefended: list[dict], oracle: list[dict], retrained: list[dict]) -> list[dict]:
+def training_curves(histories: dict[str, list[dict]]) -> list[dict]:
+    """One row an epoch and model, from each model's history."""
     return [
-        {
-            "epoch": one["epoch"],
-            **{
-                f"{name} {what}": epoch[what]
-                for what in ("accuracy", "loss")
-                for name, epoch in (("undefended", one), ("oracle", two), ("retrained", three))
-            },
-        }
-        for one, two, three in zip(undefended, oracle, retrained, strict=True)
+        {"epoch": row["epoch"], "model": name, "accuracy": row["accuracy"], "loss": row["loss"]}
+        for name, history in histories.items()
+        for row in history
     ]
 
 
@@ -108,9 +104,12 @@ def measure(args) -> tuple[dict, dict[str, list[dict]]]:
     undefended, oracle = reference["undefended"], reference["oracle"]
     found |= {"undefended_clean_acc": undefended["clean_acc"], "oracle_clean_acc": oracle["clean_acc"]}
     found["gap_clean_acc"] = oracle["clean_acc"] - found["clean_acc"]
-    plots = {"training": training_curves(undefended["history"], oracle["history"], checkpoint.history)}
-    plots["scores"] = score_histogram(scores, is_poisoned)
-    plots["recall"] = recall_curve(scores, is_poisoned) if is_poisoned.any() else []
+    histories = {"undefended": undefended["history"], "retrained": checkpoint.history, "oracle": oracle["history"]}
+    plots = {
+        "scores": score_histogram(scores, is_poisoned),
+        "recall": recall_curve(scores, is_poisoned),
+        "training": training_curves(histories),
+    }
     if is_poisoned.any():
         found["defense_score"] = metrics.defense_score(found["clean_acc"], found["asr"], found["poison_recall"])
         found |= {
@@ -132,13 +131,11 @@ def main(args) -> None:
         for path in (args.metrics, args.cell_metrics):
             temporary[path].write_text(json.dumps(found, indent=1) + "\n")
         for name, path in plots.items():
-            columns = list(rows[name][0]) if rows[name] else ["rows_removed", "recall", "perfect_filter"]
             with open(temporary[path], "w", newline="") as file:
-                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer = csv.DictWriter(file, list(rows[name][0]), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows[name])
     print(table(found))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "history": checkpoint.history,
         "conditions": checkpoint.conditions,
     }
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.state.items()}
+    # Strides are stored too: `contiguous` keeps those of a 1 x 1 or one-channel convolution in channels-last memory.
+    state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint.state.items()}
     with open(path, "wb") as file:
         content = {"kind": "checkpoint", "schema_version": SCHEMA_VERSION, "about": json.dumps(about), "state": state}
         torch.save(content, file)
@@ -53,7 +55,8 @@ def load(path: Path) -> Checkpoint:
     """Read with ``weights_only=True``; `UserError` names the file if it is missing, cut short or something else."""
     again = "make it again with `dvc repro`"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what torch thinks of a foreign pickle is said below, in one line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; {again}, or give its path") from error
     except pickle.UnpicklingError as error:

@@ -52,14 +52,14 @@ class Outputs:
         self.parameters, self.resources = parameters, resources
 
     def __enter__(self) -> dict[Path, Path]:
-        published = [*self.outputs, *([self.resources] if self.resources else [])]
-        for path in published:
+        files = [*self.outputs, *([self.resources] if self.resources else [])]
+        for path in files:
             if path.is_dir():
                 raise UserError(f"{path} is a folder; expected the name of a file to write")
         self.before = {path: _identity(path) for path in self.inputs}
         self.parameters_before = self.parameters()
         self.temporary = {}
-        for path in published:
+        for path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path)
             self.temporary[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,117 @@
+"""How it runs: the environment before `runtime.yaml` before the default, and one line for a wrong wish."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.lib import runtime
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working folder, and none of the variables set."""
+    for key in (*runtime.CHOICES, "data_root"):
+        monkeypatch.delenv(f"BACKDOOR_{key.upper()}", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_defaults(folder):
+    assert runtime.load() == runtime.Runtime("auto", "auto", "auto", folder / "data")
+
+
+def test_file_over_default(folder):
+    (folder / "runtime.yaml").write_text("device: cuda:1\nprecision: bf16\ncompile: off\ndata_root: /elsewhere\n")
+    assert runtime.load() == runtime.Runtime("cuda:1", "bf16", "off", Path("/elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [("device", "cpu", "cpu"), ("device", "cuda:0", "cuda:0"), ("precision", "fp32", "fp32"), ("compile", "on", "on"),
+     ("data_root", "/elsewhere", Path("/elsewhere"))],
+)  # fmt: skip
+def test_environment_over_file(folder, monkeypatch, key, value, expected):
+    (folder / "runtime.yaml").write_text("device: cuda\nprecision: bf16\ncompile: off\ndata_root: here\n")
+    monkeypatch.setenv(f"BACKDOOR_{key.upper()}", value)
+    found = runtime.load()
+    assert getattr(found, key) == expected
+    others = {"device": "cuda", "precision": "bf16", "compile": "off", "data_root": folder / "here"}
+    assert all(getattr(found, name) == value for name, value in others.items() if name != key)
+
+
+def test_an_empty_variable_says_nothing(folder, monkeypatch):
+    (folder / "runtime.yaml").write_text("device: cpu\n")
+    monkeypatch.setenv("BACKDOOR_DEVICE", "")
+    assert runtime.load().device == "cpu"
+
+
+@pytest.mark.parametrize("content", ["", "# nothing yet\n"])
+def test_an_empty_file_says_nothing(folder, content):
+    (folder / "runtime.yaml").write_text(content)
+    assert runtime.load().device == "auto"
+
+
+@pytest.mark.parametrize(("word", "expected"), [("on", "on"), ("off", "off"), ("true", "on"), ("'off'", "off")])
+def test_on_and_off_without_quotes(folder, word, expected):
+    (folder / "runtime.yaml").write_text(f"compile: {word}\n")
+    assert runtime.load().compile == expected
+
+
+def test_data_root(folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for text, expected in (("~/sets", Path("/home/somebody/sets")), ("sets", folder / "sets"), ("/sets", Path("/sets"))):
+        (folder / "runtime.yaml").write_text(f"data_root: {text}\n")
+        assert runtime.load().data_root == expected
+
+
+def test_a_temporary_workspace_uses_the_checkout_it_lies_in(folder, monkeypatch):
+    (folder / "runtime.yaml").write_text("device: cpu\ndata_root: sets\n")
+    workspace = folder / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"
+    workspace.mkdir(parents=True)
+    (workspace / "runtime.yaml").write_text("device: cuda\n")  # DVC would have brought it along; it is not read
+    monkeypatch.chdir(workspace)
+    assert runtime.home() == folder
+    assert runtime.load() == runtime.Runtime("cpu", "auto", "auto", folder / "sets")
+
+
+@pytest.mark.parametrize("inside", ["tmp/exps/x", ".dvc/exps/x", ".dvc/tmp/x", ""])
+def test_home_is_the_working_folder_elsewhere(folder, monkeypatch, inside):
+    (folder / inside).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(folder / inside)
+    assert runtime.home() == folder / inside
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "legal"),
+    [("device", "gpu", "auto, cpu, cuda"), ("precision", "fp16", "auto, fp32, bf16"), ("compile", "yes", "auto, on, off")],
+)
+def test_wrong_value(folder, monkeypatch, refuses, key, value, legal):
+    (folder / "runtime.yaml").write_text(f"{key}: {value!r}\n")
+    with refuses(folder / "runtime.yaml", f"{key} is {value!r}; use one of {legal}"):
+        runtime.load()
+    monkeypatch.setenv(f"BACKDOOR_{key.upper()}", "wrong")
+    with refuses(f"BACKDOOR_{key.upper()}: {key} is 'wrong'; use one of {legal}"):
+        runtime.load()
+
+
+@pytest.mark.parametrize("content", ["device: 1", "device: [cpu]", "device:", "precision: on", "data_root:", "data_root: 3"])
+def test_value_of_a_wrong_type(folder, refuses, content):
+    (folder / "runtime.yaml").write_text(content)
+    with refuses(folder / "runtime.yaml", content.partition(":")[0]):
+        runtime.load()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"devise: cpu", ["unknown key 'devise'; use device, precision, compile, data_root"]),
+        (b"- device", ["expected lines like `device: cpu`"]),
+        (b"cpu", ["expected lines like `device: cpu`"]),
+        (b"device: [", ["not valid YAML"]),
+        (b"device: \xff", ["not valid YAML"]),
+    ],
+)
+def test_wrong_file(folder, refuses, content, words):
+    (folder / "runtime.yaml").write_bytes(content)
+    with refuses(folder / "runtime.yaml", *words):
+        runtime.load()
