@@ -63,7 +63,7 @@ def test_same_content_same_bytes(checkpoint, path, tmp_path):
     assert any(tensor.requires_grad for tensor in state.values())
     assert not all(tensor.is_contiguous() for tensor in state.values())
     history, conditions = copied(checkpoint.history), copied(checkpoint.conditions)
-    assert list(history[1])[0] is not list(checkpoint.history[0])[0]
+    assert next(iter(history[1])) is not next(iter(checkpoint.history[0]))
     other = tmp_path / ".another-name.12.tmp"
     checkpoints.save(path, checkpoint)
     checkpoints.save(other, Checkpoint(dataclasses.replace(ARCHITECTURE), state, history, conditions))

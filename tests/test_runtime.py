@@ -59,7 +59,11 @@ def test_on_and_off_without_quotes(folder, word, expected):
 
 def test_data_root(folder, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    for text, expected in (("~/sets", Path("/home/somebody/sets")), ("sets", folder / "sets"), ("/sets", Path("/sets"))):
+    for text, expected in (
+        ("~/sets", Path("/home/somebody/sets")),
+        ("sets", folder / "sets"),
+        ("/sets", Path("/sets")),
+    ):
         (folder / "runtime.yaml").write_text(f"data_root: {text}\n")
         assert runtime.load().data_root == expected
 
@@ -83,7 +87,11 @@ def test_home_is_the_working_folder_elsewhere(folder, monkeypatch, inside):
 
 @pytest.mark.parametrize(
     ("key", "value", "legal"),
-    [("device", "gpu", "auto, cpu, cuda"), ("precision", "fp16", "auto, fp32, bf16"), ("compile", "yes", "auto, on, off")],
+    [
+        ("device", "gpu", "auto, cpu, cuda"),
+        ("precision", "fp16", "auto, fp32, bf16"),
+        ("compile", "yes", "auto, on, off"),
+    ],
 )
 def test_wrong_value(folder, monkeypatch, refuses, key, value, legal):
     (folder / "runtime.yaml").write_text(f"{key}: {value!r}\n")
@@ -94,7 +102,9 @@ def test_wrong_value(folder, monkeypatch, refuses, key, value, legal):
         runtime.load()
 
 
-@pytest.mark.parametrize("content", ["device: 1", "device: [cpu]", "device:", "precision: on", "data_root:", "data_root: 3"])
+@pytest.mark.parametrize(
+    "content", ["device: 1", "device: [cpu]", "device:", "precision: on", "data_root:", "data_root: 3"]
+)
 def test_value_of_a_wrong_type(folder, refuses, content):
     (folder / "runtime.yaml").write_text(content)
     with refuses(folder / "runtime.yaml", content.partition(":")[0]):

@@ -44,7 +44,13 @@ EXAMPLES = {
 }
 KINDS = sorted(EXAMPLES)
 DATA_SETS = [(kind, name) for kind in KINDS for name in EXAMPLES[kind][0]]
-MAKERS = {"dataset": "prepare", "poison_index": "poison", "features": "extract", "scores": "score", "kept_rows": "filter"}
+MAKERS = {
+    "dataset": "prepare",
+    "poison_index": "poison",
+    "features": "extract",
+    "scores": "score",
+    "kept_rows": "filter",
+}
 
 
 @pytest.fixture

@@ -45,7 +45,10 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "conditions": checkpoint.conditions,
     }
     # Strides are stored too: `contiguous` keeps those of a 1 x 1 or one-channel convolution in channels-last memory.
-    state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint.state.items()}
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in checkpoint.state.items()
+    }
     with open(path, "wb") as file:
         content = {"kind": "checkpoint", "schema_version": SCHEMA_VERSION, "about": json.dumps(about), "state": state}
         torch.save(content, file)
@@ -55,13 +58,13 @@ def load(path: Path) -> Checkpoint:
     """Read with ``weights_only=True``; `UserError` names the file if it is missing, cut short or something else."""
     again = "make it again with `dvc repro`"
     try:
-        with warnings.catch_warnings(action="ignore"):  # what torch thinks of a foreign pickle is said below, in one line
+        with warnings.catch_warnings(action="ignore"):  # of foreign pickles: said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; {again}, or give its path") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: not a checkpoint of this project (no weights, or more than weights); {again}") from error
-    except Exception as error:  # on bytes that mean nothing the unpickler also raises IndexError, KeyError, struct.error
+        raise UserError(f"{path}: not a checkpoint of this project (no or more than weights); {again}") from error
+    except Exception as error:  # for garbage the unpickler raises KeyError, IndexError, struct.error, …
         raise UserError(f"{path}: not a readable checkpoint, perhaps cut short; {again}") from error
     if not isinstance(content, dict) or content.get("kind") != "checkpoint":
         raise UserError(f"{path}: not a checkpoint of this project; {again}")

@@ -30,7 +30,7 @@ class Stamp:
         touched = self.alpha[..., 0] > 0
         stamped = images.copy()
         alpha = self.alpha[touched].astype(np.float64)
-        # The small term keeps a half from falling below itself: float32 alphas such as 0.9 are off by up to 3e-8, times 255.
+        # The small term keeps a half from falling below itself: a float32 alpha is off by up to 3e-8, times 255.
         blended = (1 - alpha) * images[:, touched] + alpha * self.pattern[touched]
         stamped[:, touched] = np.floor(blended + 0.5 + 1e-5).astype(np.uint8)
         return stamped
@@ -61,7 +61,7 @@ def blend(shape: tuple[int, int, int], alpha: float, pattern: str) -> Stamp:
             with Image.open(Path(pattern).expanduser()) as file:
                 file = file.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
                 picture = np.asarray(file).reshape(shape)
-        except Exception as error:  # a broken file makes Pillow raise OSError, SyntaxError, ValueError, struct.error, …
+        except Exception as error:  # a broken file makes Pillow raise SyntaxError, ValueError, struct.error, …
             raise UserError(
                 f"poison.trigger.pattern {pattern!r} is not a readable picture ({error}); give a path, or noise"
             ) from error

@@ -1,0 +1,230 @@
+"""The training engine against the plain PyTorch loop that a careful user would write, side by side.
+
+    python -m benchmarks.training [--networks resnet20 ...] [--rounds 3] [--out benchmarks/training.json]
+
+For each network in its full benchmark setting (shapes, batch, crop, flip): milliseconds a step, images a second, share
+of the device's measured matrix-multiply peak, peak memory. The two take turns, each time in a process of its own, and
+medians over the rounds are printed: on a shared machine absolute times drift, ratios less so.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import stages  # noqa: F401  (sets how OpenMP waits, before torch loads it)
+
+# isort: split
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.lib import device, params, runtime
+from stages.lib.torchvision_compat import import_torchvision
+from stages.lib.training import Architecture, Recipe, Trainer, draws
+
+SETTINGS = {  # network -> benchmark setting, channels, classes
+    "resnet20": ("resnet20-cifar10-badnets", 3, 10),
+    "vgg16bn": ("vgg16bn-cifar100-blend", 3, 100),
+    "mobilenetv2": ("mobilenetv2-fmnist-badnets", 1, 10),
+}
+SIZE = 32
+WARM_UP_STEPS = 3
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+def case(network: str, n: int):
+    setting, channels, n_classes = SETTINGS[network]
+    recipe = Recipe(**vars(params.setting(Path("params.yaml"), setting).train))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, SIZE, SIZE, channels), dtype=np.uint8)
+    labels = rng.integers(0, n_classes, n)
+    return images, labels, Architecture(network, n_classes, SIZE, (0.5,) * channels, (0.25,) * channels), recipe
+
+
+class PlainSet(torch.utils.data.Dataset):
+    """PIL images through torchvision transforms, one at a time."""
+
+    def __init__(self, images, labels, architecture, recipe):
+        transforms = import_torchvision().transforms
+        self.images, self.labels, self.to_pil = images, labels, transforms.ToPILImage()
+        flip = [transforms.RandomHorizontalFlip()] if recipe.flip else []
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(SIZE, padding=recipe.crop_padding),
+                *flip,
+                transforms.ToTensor(),
+                transforms.Normalize(architecture.mean, architecture.std),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(self.to_pil(self.images[i])), int(self.labels[i])
+
+
+def time_steps(step, batches, where: torch.device, seconds: float) -> float:
+    """Seconds a step, over full batches, for about so many seconds after the warm-up."""
+    for _ in range(WARM_UP_STEPS):
+        step(next(batches))
+    synchronise(where)
+    steps, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        step(next(batches))
+        steps += 1
+        if steps % 50 == 0:  # so that the queue of a GPU does not run away from the clock
+            synchronise(where)
+    synchronise(where)
+    return (time.perf_counter() - started) / steps
+
+
+def synchronise(where: torch.device) -> None:
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ours(network: str, n: int, seconds: float) -> float:
+    images, labels, architecture, recipe = case(network, n)
+    how = device.decide(runtime.load())
+    trainer = Trainer(images, labels, architecture, recipe, how, seed=0)
+
+    def batches():
+        epoch = 0
+        while True:
+            chosen = draws(n, recipe, 0, 0, epoch).to(how.device)
+            yield from (batch for batch in chosen.split(recipe.batch_size, 1) if batch.shape[1] == recipe.batch_size)
+            epoch += 1
+
+    return time_steps(trainer.full_step, batches(), how.device, seconds)
+
+
+def plain(network: str, n: int, seconds: float) -> float:
+    """No channels-last, no fused optimiser, no kept memory; bf16 autocast on a GPU, as a careful user has it."""
+    images, labels, architecture, recipe = case(network, n)
+    wanted = runtime.load().device
+    where = torch.device("cuda" if wanted == "auto" and torch.cuda.is_available() else wanted.replace("auto", "cpu"))
+    model = architecture.build().to(where).train()
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    on_gpu = where.type == "cuda"
+    workers = min(device.available_cores(), 8)
+    loader = torch.utils.data.DataLoader(
+        PlainSet(images, labels, architecture, recipe), recipe.batch_size, shuffle=True, num_workers=workers,
+        pin_memory=on_gpu, persistent_workers=True, drop_last=True,
+    )  # fmt: skip
+
+    def batches():
+        while True:
+            yield from loader
+
+    def step(batch):
+        inputs, targets = (tensor.to(where, non_blocking=True) for tensor in batch)
+        optimizer.zero_grad()
+        with torch.autocast(where.type, torch.bfloat16, enabled=on_gpu):
+            loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+
+    return time_steps(step, batches(), where, seconds)
+
+
+def matmul_peak(where: torch.device) -> float:
+    """Floating-point operations a second of a large square product, in the precision of the engine."""
+    size, dtype = MATMUL_SIZE[where.type], torch.bfloat16 if where.type == "cuda" else torch.float32
+    a = torch.randn(size, size, device=where, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        synchronise(where)
+        started = time.perf_counter()
+        a @ a
+        synchronise(where)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def operations(network: str) -> int:
+    """Floating-point operations of one step, forward and backward."""
+    images, labels, architecture, recipe = case(network, 2)
+    model = architecture.build().train()
+    inputs = torch.zeros(2, len(architecture.mean), SIZE, SIZE)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(inputs), torch.zeros(2, dtype=torch.long)).backward()
+    return counter.get_total_flops() * recipe.batch_size // 2
+
+
+def measure(contender: str, network: str, n: int, seconds: float) -> dict:
+    per_step = {"ours": ours, "plain": plain}[contender](network, n, seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    return {"seconds_per_step": per_step, "peak_memory_mb": peak}
+
+
+def in_a_process(contender: str, network: str, args) -> dict:
+    """`measure` in a process of its own, so that memory and threads are its own."""
+    command = [sys.executable, "-m", "benchmarks.training", "--contender", contender, "--networks", network]
+    command += ["--seconds", str(args.seconds), "--n", str(args.n)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"benchmarks.training: {contender} failed on {network}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n")[0])
+    options.add_argument("--networks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--seconds", type=float, default=15.0, help="measured time of each contender in each round")
+    options.add_argument("--n", type=int, default=4096, help="images in the made-up data set")
+    options.add_argument("--out", type=Path, help="JSON file to write")
+    options.add_argument("--contender", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.contender:
+        print(json.dumps(measure(args.contender, args.networks[0], args.n, args.seconds)))
+        return
+    how = device.decide(runtime.load())
+    peak = matmul_peak(how.device)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    found = {
+        "conditions": how.describe() | {
+            "python": platform.python_version(), "commit": commit, "date": time.strftime("%Y-%m-%d"),
+            "rounds": args.rounds, "seconds": args.seconds, "matmul_peak_tflops": peak / 1e12,
+        },
+        "networks": {},
+    }  # fmt: skip
+    print(f"{how}; matrix-multiply peak {peak / 1e12:.2f} TFLOP/s; commit {commit}")
+    print(f"{'network':<13}{'loop':<7}{'ms/step':>9}{'images/s':>10}{'of peak':>9}{'memory MB':>11}{'ratio':>8}")
+    for network in args.networks:
+        rounds = [
+            {name: in_a_process(name, network, args) for name in ("ours", "plain")}
+            for _ in range(args.rounds)
+        ]
+        batch, flops = case(network, 2)[3].batch_size, operations(network)
+        ratio = statistics.median(one["plain"]["seconds_per_step"] / one["ours"]["seconds_per_step"] for one in rounds)
+        found["networks"][network] = {"ratio_plain_to_ours": ratio, "operations_per_step": flops}
+        for name in ("ours", "plain"):
+            step = statistics.median(one[name]["seconds_per_step"] for one in rounds)
+            memory = max(one[name]["peak_memory_mb"] for one in rounds)
+            found["networks"][network][name] = {
+                "ms_per_step": step * 1e3,
+                "ms_per_step_of_each_round": [one[name]["seconds_per_step"] * 1e3 for one in rounds],
+                "images_per_second": batch / step, "share_of_peak": flops / step / peak, "peak_memory_mb": memory,
+            }  # fmt: skip
+            print(
+                f"{network:<13}{name:<7}{step * 1e3:>9.1f}{batch / step:>10.0f}{flops / step / peak:>9.1%}"
+                f"{memory:>11.0f}{ratio if name == 'plain' else 1:>8.2f}",
+                flush=True,
+            )
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
