@@ -534,11 +534,12 @@ def test_an_old_output_survives_a_refusal(damaged):
 # As processes of their own
 
 
-def process(*words, cwd, **environment):
+def process(*words, cwd):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("BACKDOOR_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BACKDOOR_DEVICE": "cpu"}
     return subprocess.run(
-        [sys.executable, "-m", *map(str, words)], cwd=cwd, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
+        [sys.executable, "-m", *map(str, words)], cwd=cwd, capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.mark.parametrize(
@@ -557,7 +558,7 @@ def test_one_line_and_status_1_of_a_process(chain, words, expected):
 
 def test_a_process_gives_the_same_bytes(chain, tmp_path):
     words = COMMANDS["victim"].format(out=f"{tmp_path}/", setting="tiny").split()
-    done = process(f"stages.{words[0]}", *words[1:], cwd=chain.folder, BACKDOOR_DEVICE="cpu")
+    done = process(f"stages.{words[0]}", *words[1:], cwd=chain.folder)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "victim.pt").read_bytes() == (chain.folder / "a/victim.pt").read_bytes()
 

@@ -1,0 +1,91 @@
+"""Cells by plain commands: the same files as DVC makes, nothing twice, and a time limit that loses nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_pipeline import LEFT, RIGHT, Clone
+
+from analysis import cells
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return Clone(tmp_path_factory.mktemp("cells"))
+
+
+def run(clone, *words):
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis.cells", "--settings", "tiny", "--seeds", "1", *words],
+        cwd=clone.folder, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_computes_exports_and_resumes(clone):
+    status, output = run(clone, "--defenses", "confidence_filter", "random_filter", "--time-limit", "0")
+    assert status == 2 and "start" not in output and output.count("open") == 2, "no time, nothing started"
+
+    status, output = run(clone, "--defenses", "confidence_filter", "random_filter", "--jobs", "2")
+    assert status == 0, output
+    assert output.count("start") == len(LEFT) + 2 * len(RIGHT), "victim and oracle are shared by the cells"
+    for defense in ("confidence_filter", "random_filter"):
+        found = json.loads((clone.folder / f"results/tiny/{defense}/seed1.json").read_text())
+        assert found["metrics"]["cell"] == f"tiny/{defense}/seed1"
+        assert found["conditions"]["runtime"]["precision"] == "fp32" and found["conditions"]["commit"]
+        assert found["conditions"]["parameters"]["setting"]["train"]["epochs"] == 1
+        assert {"victim", "oracle", "retrained", "score"} <= set(found["resources"])
+
+    status, output = run(clone, "--defenses", "confidence_filter", "random_filter")
+    assert status == 0 and "start" not in output, "a second run finds all done"
+
+    (clone.folder / "artifacts/tiny/seed1/random_filter/scores.h5").unlink()
+    status, output = run(clone, "--defenses", "random_filter")
+    assert status == 0 and output.count("start") == 1, "a lost file is made again, and being the same, nothing else"
+
+
+def test_the_artifacts_enter_the_cache_of_dvc(clone):
+    clone.git("checkout", "-q", "params.yaml")
+    run(clone, "--defenses", "confidence_filter")
+    clone.dvc("commit", "-f")
+    assert clone.ran("repro") == [], "DVC runs nothing that the plain commands have made"
+
+
+def test_mistakes_are_told_before_work_begins(clone):
+    status, output = run(clone, "--defenses", "nobody")
+    assert status == 1 and "start" not in output and "Traceback" not in output
+    assert "defense 'nobody' has no line in params.yaml" in output
+
+
+def test_a_failed_stage_skips_what_needs_it_and_nothing_else(tmp_path, monkeypatch):
+    """Two chains of two tasks; the first task of one fails."""
+    monkeypatch.chdir(tmp_path)
+
+    def task(name, code, deps=()):
+        return cells.Task(name, f"python -c '{code}'", [tmp_path / d for d in deps], [tmp_path / name], {})
+
+    tasks = [
+        task("bad", "import sys; sys.exit(3)"),
+        task("after-bad", 'open("after-bad", "w")', ["bad"]),
+        task("good", 'open("good", "w")'),
+        task("after-good", 'open("after-good", "w")', ["good"]),
+    ]
+    tasks[1].after, tasks[3].after = {tasks[0].command}, {tasks[2].command}
+    runner = cells.Runner(2, float("inf"))
+    outcome = runner.run({one.command: one for one in tasks})
+    assert [outcome[one.command] for one in tasks] == ["failed", "skipped", "ran", "ran"]
+    assert cells.Runner(1, float("inf")).run({tasks[3].command: tasks[3], tasks[2].command: tasks[2]}) == {
+        tasks[2].command: "done", tasks[3].command: "done",
+    }  # fmt: skip
+
+
+def test_the_time_limit_interrupts_what_runs(tmp_path, monkeypatch):
+    import time
+
+    monkeypatch.chdir(tmp_path)
+    slow = cells.Task("slow", "python -c 'import time; time.sleep(60)'", [], [tmp_path / "never"], {})
+    started = time.monotonic()
+    outcome = cells.Runner(1, time.monotonic() + 1.0).run({slow.command: slow})
+    assert outcome == {slow.command: "stopped"}
+    assert time.monotonic() - started < 20
