@@ -144,7 +144,9 @@ class Runner:
         key, started = task.key(), time.monotonic()
         print(f"start  {task.outs[0]}", flush=True)
         words = shlex.split(task.command)
-        process = subprocess.Popen([sys.executable, *words[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [sys.executable, *words[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         self.running.add(process)
         if self.stopping.is_set():
             process.send_signal(signal.SIGINT)
@@ -216,7 +218,9 @@ def main() -> int:
     options.add_argument("--defenses", nargs="+", required=True)
     options.add_argument("--seeds", nargs="+", type=int, required=True)
     options.add_argument("--jobs", type=int, default=1, help="stages side by side")
-    options.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; what is left resumes next time")
+    options.add_argument(
+        "--time-limit", type=float, default=float("inf"), help="seconds; what is left resumes next time"
+    )
     options.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON files")
     options.add_argument("--commit", default=current_commit(), help="recorded with the results")
     options.add_argument("--export-only", action="store_true", help="run nothing")

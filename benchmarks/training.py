@@ -202,10 +202,7 @@ def main() -> None:
     print(f"{how}; matrix-multiply peak {peak / 1e12:.2f} TFLOP/s; commit {commit}")
     print(f"{'network':<13}{'loop':<7}{'ms/step':>9}{'images/s':>10}{'of peak':>9}{'memory MB':>11}{'ratio':>8}")
     for network in args.networks:
-        rounds = [
-            {name: in_a_process(name, network, args) for name in ("ours", "plain")}
-            for _ in range(args.rounds)
-        ]
+        rounds = [{name: in_a_process(name, network, args) for name in ("ours", "plain")} for _ in range(args.rounds)]
         batch, flops = case(network, 2)[3].batch_size, operations(network)
         ratio = statistics.median(one["plain"]["seconds_per_step"] / one["ours"]["seconds_per_step"] for one in rounds)
         found["networks"][network] = {"ratio_plain_to_ours": ratio, "operations_per_step": flops}

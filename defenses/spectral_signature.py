@@ -40,7 +40,7 @@ class BackdoorDefense:
         if len(features) != len(self.labels_):
             raise ValueError(f"score_samples got {len(features)} rows, fit got {len(self.labels_)}")
         scores = np.empty(len(features))
-        for label, mean, direction in zip(self.classes_, self.means_, self.directions_):
+        for label, mean, direction in zip(self.classes_, self.means_, self.directions_, strict=True):
             rows = self.labels_ == label
             scores[rows] = ((np.asarray(features[rows], dtype=np.float64) - mean) @ direction) ** 2
         return scores

@@ -1,24 +1,23 @@
-"""Whitened mixture: split each class into two components, and ask which half of which class is no ordinary class half.
+"""Whitened mixture: split each class into two components, and ask which half of which class is no ordinary half.
 
-A network that has learnt a trigger moves every triggered sample of the target class by one common shift. Within the
-features of that class the shift is an extra mode; its size against the spread that other classes have tells it from
-noise, and the way in which the two modes differ from the halves of other classes tells it from a natural sub-class.
+A network that has learnt a trigger moves every triggered sample of the target class by a common shift. Within that
+class the shift is a second mode: it stands out against the spread of the other classes, and the two modes differ from
+each other and from the halves of other classes more than natural sub-classes do.
 
-1. Whiten with the within-class covariance pooled over the other classes (the robust-statistics step of SPECTRE, Hayase
-   et al. 2021, arXiv:2104.11315, and the pooled covariance of SCAn, Tang et al. 2021, arXiv:1908.00686), and keep the 32
-   directions in which the class varies most against the others.
-2. In them, fit two multivariate-t components with full covariances by EM (Peel & McLachlan 2000, Statistics and Computing
-   10:339), from several short runs (Biernacki et al. 2003, CSDA 41:561). Different starts end in different splits; all
-   are kept as candidates.
-3. Weigh each half of each candidate as the poison: how far the halves lie apart, the likelihood that two components gain
-   on held-out rows, and how unlike the halves of all other classes its spread, location, confidence and runner-up labels
-   are. The surplus of the class over the usual class size and the known number of poisoned rows count where they are
-   given.
-4. Each row's score is its log-odds for the poisoned component in the suspected classes; rows of other classes follow.
+1. Whiten with the within-class covariance pooled over the other classes (as SCAn, Tang et al. 2021, arXiv:1908.00686,
+   pools; the whitening step of SPECTRE, Hayase et al. 2021, arXiv:2104.11315) and keep the 32 directions in which the
+   class varies most against the others.
+2. Fit two multivariate-t components with full covariances by EM (Peel & McLachlan 2000, Statistics and Computing
+   10:339) from several short runs (Biernacki et al. 2003, CSDA 41:561). The different splits that they end in are kept.
+3. Weigh each half of each split as the poison: how far the halves lie apart, how much likelihood two components gain on
+   held-out rows, and how unlike the halves of all other classes its spread, place, confidence and runner-up labels are.
+   A surplus of the class over the usual size and the known number of poisoned rows count where they are given.
+4. A row's score is its log-odds of being poison, averaged over the splits of its class by their evidence (Bayesian
+   model averaging, Hoeting et al. 1999, Statistical Science 14:382); rows of classes that are not suspected follow.
 
-Departures: SCAn untangles one mean per class with a covariance common to both halves and takes clean data for it; here
-each half has its own covariance and no row is known to be clean. SPECTRE needs poison to be the minority of its class;
-here nothing does, since neither half is the background by its size.
+Departures: SCAn needs clean data and gives both halves one covariance; here no row is known to be clean and each half
+has its own. SPECTRE needs poison to be the minority of its class; here neither half is the background by its size.
+See README.md for what was measured and for where it breaks.
 """
 
 import numbers
@@ -33,18 +32,20 @@ _MIN_VARIANCE = 1e-6  # relative to the largest; features are float32, below thi
 _DEGREES = 4.0  # of freedom of the t components: with Gaussian ones, heavy tails pass for a second component
 _MIN_CLASS = 8  # rows; a smaller class is not split
 _SEARCH_ROWS = 1000  # of a class, evenly spread; the search for splits gains nothing from more
-_SHORT_RUN, _LONG_RUN = 12, 200  # EM steps
+_SHORT_RUN, _LONG_RUN = 12, 80  # EM steps
+_SMALLEST = -30.0  # log-responsibility; denormal numbers make BLAS a hundred times slower
 _CANDIDATES = 6  # splits kept of each class
 _SAME_SPLIT = 0.97  # two splits that agree on so many rows are one
 _BLOCK = 8192  # rows in float64 at a time
 
-# Weights of the evidence for "this half is poison", in units near to nats. Set by hand on the victims that
-# README.md calls the development set, and rounded; moving any of them by half changes no choice there.
-_WEIGHTS = {"contrast": 0.06, "oddness": 0.06, "distance": 2.0, "separation": 1.0, "held_out": 1.5}
+# Weights of the evidence for "this half is poison". Set by hand on the development dumps of README.md, and rounded.
+_WEIGHTS = {"contrast": 0.06, "oddness": 0.1, "distance": 2.0, "separation": 1.0, "held_out": 1.5}
+_TEMPER, _BEHIND = 0.05, 6.0
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
-_SHARE_ERROR = 0.15  # of the class: how far the size of a half may be off before EM with the right weight puts it right
+_SHARE_ERROR = 0.2  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _UNSHARED = 2.0  # cost of a half that holds fewer rows than are poisoned: then there are other targets
-_ENOUGH = 0.85  # of the known number of rows: no further class is looked for
+_ENOUGH, _TOO_MANY = 0.85, 1.2  # of the known number of rows: where the search for further classes ends
+_NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the average
 # Smallest scale of each of the statistics of a half (see `_statistics`), for victims with few or very similar classes.
 _FLOORS = np.array([0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1])
 
@@ -92,105 +93,100 @@ class BackdoorDefense:
         self.centre_ = self.sizes_ @ self.means_ / n_samples
 
         pooled = np.zeros((width, width))
-        for rows, mean in zip(self.rows_, self.means_):
+        for rows, mean in zip(self.rows_, self.means_, strict=True):
             for block in _blocks(rows):
                 centred = features[block] - mean
                 pooled += centred.T @ centred
         basis = _whitener(pooled, max(n_samples - len(self.rows_), 1))
         self.coordinates_ = [
             _class_coordinates(features, rows, mean, basis, len(rows) / n_samples)
-            for rows, mean in zip(self.rows_, self.means_)
+            for rows, mean in zip(self.rows_, self.means_, strict=True)
         ]
         return self
 
     def score_samples(self, features, logits):
-        """Scores, (N,) float64; higher = more suspicious. In a suspected class, above 0 = more likely poison than not."""
+        """Scores, (N,) float64; higher = more suspicious, and above 0 = more likely poison, in a suspected class."""
         if len(features) != len(self.labels_):
             raise ValueError(f"score_samples got {len(features)} rows, fit got {len(self.labels_)}")
         splits = []
         for c, rows in enumerate(self.rows_):
             if len(rows) >= _MIN_CLASS and self.coordinates_[c].shape[1]:
                 found = _candidates(self.coordinates_[c], self.n_poisoned_)
-                halves = np.array([split["up"] for split in found])
                 if found:
-                    described = _statistics(features, logits, rows, self.classes_[c], self.centre_, halves)
-                    splits += [{**split, **more, "class": c} for split, more in zip(found, described)]
-        self.splits_ = splits
+                    halves = np.array([split["up"] for split in found])
+                    looks = _statistics(features, logits, rows, self.classes_[c], self.centre_, halves)
+                    splits += [{**split, **look, "class": c} for split, look in zip(found, looks, strict=True)]
         self.n_suspected_, self.suspected_classes_ = 0, []
+        scores = np.full(len(features), -100.0)  # rows of classes too small to be split come last
         if not splits:
-            return np.zeros(len(features))
-
-        best = self._best_halves(splits)
+            return scores
+        evidence = self._evidence(splits)
+        of_class = {}
+        for index, split in enumerate(splits):
+            of_class.setdefault(split["class"], []).extend((evidence[index, side], index, side) for side in (0, 1))
+        best = {c: max(hypotheses, key=lambda h: h[0]) for c, hypotheses in of_class.items()}
         order = sorted(best, key=lambda c: (-best[c][0], c))
-        suspected = self._suspects(best, order, splits)
+        suspected = self._suspects([(c, best[c][0], splits[best[c][1]]["sizes"][best[c][2]]) for c in order])
         self.suspected_classes_ = [int(self.classes_[c]) for c in suspected]
         reference = best[order[0]][0] if suspected else self.threshold
-        scores = np.full(len(features), -100.0)  # rows of classes too small to be split come last
         for c in order:
-            evidence, index, side = best[c]
-            split, rows = splits[index], self.rows_[c]
-            if c in suspected or c in order[:3]:
-                only = self.n_poisoned_ is not None and suspected == [c]
-                weight = min(self.n_poisoned_ / len(rows), 0.98) if only else None
-                log_odds = _refine(self.coordinates_[c], split, side, weight)
-            else:
-                log_odds = np.where(split["up"] == (side == 0), 5.0, -5.0)
+            rows = self.rows_[c]
+            share = self.n_poisoned_ / len(rows) if self.n_poisoned_ and suspected == [c] else None
+            hypotheses = of_class[c] if c in (suspected or order[:1]) else [best[c]]
+            log_odds = _average(self.coordinates_[c], splits, hypotheses, share)
             if c in suspected:
-                scores[rows] = log_odds
                 self.n_suspected_ += int((log_odds > 0).sum())
+                scores[rows] = log_odds
             else:  # log-odds of "the class is a target and the row is poison", with little credit for the class
-                log_p = -np.logaddexp(0, -log_odds) + min(evidence - reference, 0) - 5
+                log_p = -np.logaddexp(0, -log_odds) + min(best[c][0] - reference, 0) - 5
                 scores[rows] = log_p - np.log(-np.expm1(log_p))
         return scores
 
-    def _suspects(self, best, order, splits):
-        """Classes to be suspected, most suspect first."""
+    def _suspects(self, ranked):
+        """Suspected classes out of (class, evidence, rows in the poisoned half), most suspect first."""
         if self.n_poisoned_ is None:
-            return [c for c in order if best[c][0] > self.threshold]
+            return [c for c, evidence, _ in ranked if evidence > self.threshold]
         suspected, explained = [], 0
-        for c in order:
-            evidence, index, side = best[c]
-            size = splits[index]["sizes"][side]
+        for c, evidence, size in ranked:
             if suspected and (explained >= _ENOUGH * self.n_poisoned_ or evidence < self.threshold / 2):
                 break
-            if not suspected or explained + size <= 1.2 * self.n_poisoned_:
+            if not suspected or explained + size <= _TOO_MANY * self.n_poisoned_:
                 suspected.append(c)
                 explained += size
         return suspected
 
-    def _best_halves(self, splits):
-        """For each class, the strongest (evidence, index of the split, side)."""
+    def _evidence(self, splits):
+        """(number of splits, 2): how much speaks for each half being the poison, in units near to nats."""
         likeliest = {}
-        for split in splits:
-            if split["class"] not in likeliest or split["gain"] > likeliest[split["class"]]["gain"]:
-                likeliest[split["class"]] = split
-        # What halves of classes look like: all classes count, so a few poisoned ones do not move the medians.
+        for split in splits:  # of each class, the first is the likeliest
+            likeliest.setdefault(split["class"], split)
+        # What halves of classes look like. All classes count: a few poisoned ones do not move the medians.
         usual = np.concatenate([split["statistics"] for split in likeliest.values()])
         centre = np.median(usual, axis=0)
         scale = np.maximum(1.4826 * np.median(np.abs(usual - centre), axis=0), _FLOORS)
-        distance = np.median([split["distance"] for split in likeliest.values()])
-        separation = np.median([split["separation"] for split in likeliest.values()])
-        best = {}
+        distance, separation = (
+            np.median([split[name] for split in likeliest.values()]) for name in ("distance", "separation")
+        )
+        evidence = np.empty((len(splits), 2))
         for index, split in enumerate(splits):
+            behind = max(s["held_out"] for s in splits if s["class"] == split["class"]) - split["held_out"]
             few = split["sizes"] / (split["sizes"] + 10)  # statistics of few rows are noisy
             z = (split["statistics"] - centre) / scale * np.sqrt(few)[:, None]
             odd = np.minimum(z**2, _LARGEST_Z2).sum(axis=1)
-            common = (
+            evidence[index] = (
                 _WEIGHTS["contrast"] * np.minimum((z[0] - z[1]) ** 2, _LARGEST_Z2).sum()
-                + _WEIGHTS["distance"] * _log_ratio(split["distance"], distance)
-                + _WEIGHTS["separation"] * _log_ratio(split["separation"], separation)
+                + _WEIGHTS["distance"] * np.log((split["distance"] + 1e-12) / (distance + 1e-12))
+                + _WEIGHTS["separation"] * np.log((split["separation"] + 1e-12) / (separation + 1e-12))
                 + _WEIGHTS["held_out"] * split["held_out"]
+                - min(_TEMPER * split["sizes"].sum() * behind, _BEHIND)
+                + _WEIGHTS["oddness"] * (odd - odd[::-1])
+                + [self._size_evidence(*split["sizes"]), self._size_evidence(*split["sizes"][::-1])]
             )
-            for side in (0, 1):
-                evidence = common + _WEIGHTS["oddness"] * (odd[side] - odd[1 - side]) + self._size_evidence(split, side)
-                if split["class"] not in best or evidence > best[split["class"]][0] + 1e-9:
-                    best[split["class"]] = evidence, index, side
-        return best
+        return evidence
 
-    def _size_evidence(self, split, side):
-        """What the class sizes and the number of poisoned rows say about a half being the poison."""
-        size, n = split["sizes"][side], split["sizes"].sum()
-        evidence = 0.0
+    def _size_evidence(self, size, rest):
+        """What the class sizes and the number of poisoned rows say about a half of so many rows being the poison."""
+        n, evidence = size + rest, 0.0
         if self.use_class_sizes:
             usual = np.median(self.sizes_)
             scale = max(1.4826 * np.median(np.abs(self.sizes_ - usual)), 0.01 * usual, 1.0)
@@ -220,10 +216,6 @@ def _mean(features, rows):
     return sum(features[block].sum(axis=0, dtype=np.float64) for block in _blocks(rows)) / len(rows)
 
 
-def _log_ratio(value, usual):
-    return np.log((value + 1e-12) / (usual + 1e-12))
-
-
 def _whitener(scatter, degrees):
     """(D, q): principal directions of the pooled covariance, over their standard deviations."""
     width = len(scatter)
@@ -248,16 +240,19 @@ def _class_coordinates(features, rows, mean, basis, share):
 
 
 def _candidates(values, n_poisoned):
-    """Different splits of a class in two, likeliest first: dicts of up (n,) bool, second (n,) in [0, 1], gain, held_out."""
+    """Different splits of a class in two, likeliest first.
+
+    Returns dicts of second (n,), the responsibilities of the second component; up (n,) bool, where they exceed 1/2;
+    held_out, the gain in likelihood; separation, the distance of the two means in whitened units.
+    """
     n = len(values)
     sample = np.argsort(values[:, 0], kind="stable")[:: -(-n // _SEARCH_ROWS)] if n > _SEARCH_ROWS else np.arange(n)
     few = values[sample]
     wanted = None if n_poisoned is None else round(n_poisoned * len(sample) / n)
-    alone = _log_densities(few, few, np.ones(len(few)), 10).mean()
     runs = []
     for start in _starts(few, wanted):
-        log_odds, second, likelihood = _em(few, 0.05 + 0.9 * start, steps=_SHORT_RUN)
-        if 0 < (log_odds > 0).sum() < len(few):
+        _, second, likelihood = _em(few, 0.05 + 0.9 * start, steps=_SHORT_RUN)
+        if 0 < (second > 0.5).sum() < len(few):
             runs.append((likelihood, second))
     kept = []
     for likelihood, second in sorted(runs, key=lambda run: -run[0]):
@@ -266,19 +261,19 @@ def _candidates(values, n_poisoned):
         if all(1 - _SAME_SPLIT < agreement < _SAME_SPLIT for agreement in agreements):
             kept.append((likelihood, second))
     splits = []
-    for likelihood, second in kept[:_CANDIDATES]:
+    for _, second in kept[:_CANDIDATES]:
         everywhere = second if len(few) == n else _carry_over(values, few, second)
         up = everywhere > 0.5
         if 0 < up.sum() < n:
+            separation = np.linalg.norm(values[up].mean(axis=0) - values[~up].mean(axis=0))
             held_out = _held_out_gain(few, second)
-            splits.append({"up": up, "second": everywhere, "gain": likelihood - alone, "held_out": held_out})
-            splits[-1]["separation"] = np.linalg.norm(values[up].mean(axis=0) - values[~up].mean(axis=0))
+            splits.append({"second": everywhere, "up": up, "held_out": held_out, "separation": separation})
     return splits
 
 
 def _starts(values, wanted):
-    """Halves to start EM from: along the leading directions the 2-means split and both tails, and one odd direction."""
-    n, width = values.shape
+    """Halves to start EM from: along each leading direction the 2-means split and both tails."""
+    n = len(values)
     sizes = {max(2, round(0.08 * n))}
     if wanted is not None and 2 <= wanted <= n - 2:
         sizes.add(wanted)
@@ -288,8 +283,6 @@ def _starts(values, wanted):
         starts.append(_two_means(along))
         for size in sorted(sizes):
             starts += [along >= ranked[-size], along <= ranked[size - 1]]
-    if n > 2 * width:
-        starts.append(_two_means(_heavy_tailed(values)))
     return [start for start in starts if 0 < start.sum() < n]
 
 
@@ -303,26 +296,9 @@ def _two_means(along):
     return along > (ranked[cut] + ranked[cut + 1]) / 2
 
 
-def _heavy_tailed(values):
-    """Coordinates along a direction of large kurtosis (FastICA's fixed point from the most distant row)."""
-    centred = values - values.mean(axis=0)
-    variances, directions = eigh(centred.T @ centred / len(values))
-    kept = variances > 1e-9 * max(variances[-1], 1e-300)
-    sphered = centred @ (directions[:, kept] / np.sqrt(variances[kept]))
-    direction = sphered[(sphered**2).sum(axis=1).argmax()]
-    direction = direction / np.linalg.norm(direction)
-    for _ in range(30):
-        update = sphered.T @ (sphered @ direction) ** 3 / len(values) - 3 * direction
-        update /= np.linalg.norm(update) + 1e-12
-        if abs(update @ direction) > 1 - 1e-6:
-            break
-        direction = update
-    return sphered @ direction
-
-
 def _maximise(values, weights, distances):
     """M step of one t component: mean and Cholesky factor, the covariance drawn to that of the other classes."""
-    n, width = values.shape
+    width = values.shape[1]
     prior = width + 2  # rows' worth of the identity: enough to be definite, little for a class of hundreds
     robust = weights if distances is None else weights * (_DEGREES + width) / (_DEGREES + distances)
     mean = robust @ values / (robust.sum() + 1e-12)
@@ -347,10 +323,10 @@ def _log_densities(values, rows, weights, steps):
     for _ in range(steps):
         mean, factor = _maximise(rows, weights, distances)
         distances = _distances(rows, mean, factor)
-    return _log_density(distances if values is rows else _distances(values, mean, factor), factor)
+    return _log_density(_distances(values, mean, factor), factor)
 
 
-def _em(values, second, weight=None, steps=_LONG_RUN, tolerance=1e-7):
+def _em(values, second, weight=None, steps=_LONG_RUN, tolerance=1e-6):
     """EM from responsibilities of the second component; its weight is free or given.
 
     Returns log-odds (n,) and responsibilities (n,) of the second component, and the mean log-likelihood.
@@ -364,7 +340,7 @@ def _em(values, second, weight=None, steps=_LONG_RUN, tolerance=1e-7):
             densities[i] = _log_density(distances[i], factor)
         first, other = densities[0] + np.log1p(-share), densities[1] + np.log(share)
         total = np.logaddexp(first, other)
-        second, likelihood = np.exp(other - total), total.mean()
+        second, likelihood = np.exp(np.maximum(other - total, _SMALLEST)), total.mean()
         if abs(likelihood - before) < tolerance:
             break
         before = likelihood
@@ -391,10 +367,21 @@ def _held_out_gain(values, second):
     return gain / len(values)
 
 
-def _refine(values, split, side, weight):
-    """Log-odds for the chosen half after EM on all rows of the class."""
-    second = split["second"] if side == 0 else 1 - split["second"]
-    return _em(values, second, weight)[0]
+def _average(values, splits, hypotheses, share):
+    """Log-odds of poison, averaged over the hypotheses (evidence, split, side) about a class by their evidence.
+
+    Splits of nearly the same evidence often err on different rows; the average is better than the best of them.
+    """
+    strongest, steps = max(hypotheses)[0], _LONG_RUN if len(hypotheses) > 1 else 1
+    yes = no = -np.inf
+    for evidence, index, side in hypotheses:
+        weight = evidence - strongest
+        if weight > _NEGLIGIBLE:
+            second = splits[index]["second"] if side == 0 else 1 - splits[index]["second"]
+            log_odds = _em(values, second, share, steps)[0]
+            yes = np.logaddexp(yes, weight - np.logaddexp(0, -log_odds))
+            no = np.logaddexp(no, weight - np.logaddexp(0, log_odds))
+    return yes - no
 
 
 def _statistics(features, logits, rows, label, centre, halves):

@@ -96,11 +96,15 @@ def measure(args) -> tuple[dict, dict[str, list[dict]]]:
         raise UserError(f"{args.scores} holds {len(scores)} scores for {n} training rows; run `dvc repro score`")
     kept = np.zeros(n, bool)
     kept[kept_rows] = True
-    if checkpoint.conditions["n_rows"] != len(kept_rows):
+    if checkpoint.conditions.get("rows") != storage.digest_array(kept_rows):
         raise UserError(f"{args.checkpoint} was not trained on the rows in {args.kept}; run `dvc repro retrain`")
 
     model = metrics.of_model(checkpoint, poisoned, device.decide(runtime.load()).device)
-    found = {"cell": f"{args.setting}/{defense}/seed{args.seed}"} | model | metrics.of_filter(scores, kept, is_poisoned)
+    found = (
+        {"cell": f"{args.setting}/{Path(defense).stem}/seed{args.seed}"}
+        | model
+        | metrics.of_filter(scores, kept, is_poisoned)
+    )
     undefended, oracle = reference["undefended"], reference["oracle"]
     found |= {"undefended_clean_acc": undefended["clean_acc"], "oracle_clean_acc": oracle["clean_acc"]}
     found["gap_clean_acc"] = oracle["clean_acc"] - found["clean_acc"]
@@ -126,7 +130,9 @@ def measure(args) -> tuple[dict, dict[str, list[dict]]]:
 def main(args) -> None:
     plots = {name: args.plots / f"{name}.csv" for name in ("scores", "recall", "training")}
     inputs = [args.data, args.index, args.scores, args.kept, args.checkpoint, args.reference]
-    with stage.Outputs([args.metrics, args.cell_metrics, *plots.values()], inputs, resources=args.resources) as temporary:
+    with stage.Outputs(
+        [args.metrics, args.cell_metrics, *plots.values()], inputs, resources=args.resources
+    ) as temporary:
         found, rows = measure(args)
         for path in (args.metrics, args.cell_metrics):
             temporary[path].write_text(json.dumps(found, indent=1) + "\n")
@@ -148,8 +154,12 @@ if __name__ == "__main__":
     options.add_argument("--kept", type=Path, required=True, help="output of filter")
     options.add_argument("--checkpoint", type=Path, required=True, help="checkpoint trained on the kept rows")
     options.add_argument("--reference", type=Path, required=True, help="output of evaluate_reference")
-    options.add_argument("--metrics", type=Path, required=True, help="JSON file to write, the one that `dvc metrics` reads")
-    options.add_argument("--cell-metrics", type=Path, required=True, help="the same, kept beside the cell's other files")
+    options.add_argument(
+        "--metrics", type=Path, required=True, help="JSON file to write, the one that `dvc metrics` reads"
+    )
+    options.add_argument(
+        "--cell-metrics", type=Path, required=True, help="the same, kept beside the cell's other files"
+    )
     options.add_argument("--plots", type=Path, required=True, help="folder for the CSV files that `dvc plots` draws")
     stage.add_resources(options)
     stage.run(main, options)

@@ -23,7 +23,9 @@ def n_to_remove(spec: params.Filter, n: int, poison_fraction: float | None, n_su
         budget = n_suspected
     elif spec.budget == "fraction":
         if poison_fraction is None:
-            raise UserError("filter.budget is fraction, but the poison fraction is not known; use auto or a number of rows")
+            raise UserError(
+                "filter.budget is fraction, but the poison fraction is not known; use auto or a number of rows"
+            )
         budget = round(spec.budget_multiplier * poison_fraction * n)
     else:
         budget = spec.budget

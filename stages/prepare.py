@@ -49,7 +49,9 @@ def main(args) -> None:
                     "pad_to": spec.pad_to or size,
                 },
             )
-    print(f"{spec.source}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test images in {args.out}")
+    print(
+        f"{spec.source}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test images in {args.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -36,9 +36,7 @@ def main(args) -> None:
     if fraction is not None and not 0 < fraction <= 0.5:
         raise UserError(f"--poison-fraction is {fraction}; expected a number in (0, 0.5]")
     try:
-        with stage.Outputs(
-            [args.out], [args.features], lambda: given_options(args), args.resources
-        ) as temporary:
+        with stage.Outputs([args.out], [args.features], lambda: given_options(args), args.resources) as temporary:
             defense = defenses.load(args.defense, **given_options(args))
             with storage.open_(args.features, "features") as file:
                 if fraction is None:
@@ -84,6 +82,8 @@ if __name__ == "__main__":
     options.add_argument("--seed", type=int, default=0, help="seed of the experiment")
     options.add_argument("--params", type=Path, default=Path("params.yaml"), help="file with the options of defenses")
     options.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the defense")
-    options.add_argument("--poison-fraction", type=float, help="told to the defense; default: as stored in the features")
+    options.add_argument(
+        "--poison-fraction", type=float, help="told to the defense; default: as stored in the features"
+    )
     stage.add_resources(options)
     stage.run(main, options)

@@ -43,25 +43,22 @@ def main(args) -> None:
         training_set = poisoned.train()
         images, labels = training_set.images[rows], training_set.labels[rows]
         del training_set
-        architecture = Architecture(
-            model.network, poisoned.n_classes, poisoned.image_size, poisoned.mean, poisoned.std
-        )
+        architecture = Architecture(model.network, poisoned.n_classes, poisoned.image_size, poisoned.mean, poisoned.std)
         where = device.decide(runtime.load())
         title = {ALL: "victim", CLEAN: "oracle"}.get(args.rows, "retrained")
         print(f"{title}: {model.network} on {len(rows)} rows, {recipe.epochs} epochs, {where}", flush=True)
         conditions = {
             "n_rows": len(rows),
+            "rows": storage.digest_array(rows),
             "seed": args.seed,
             "recipe": dataclasses.asdict(recipe),
             "runtime": where.describe(),
             "data": data_digest,
             "index": index_digest,
         }
-        what = conditions | {"architecture": dataclasses.asdict(architecture), "rows": storage.digest_array(rows)}
+        what = conditions | {"architecture": dataclasses.asdict(architecture)}
         with Scratch(what) as scratch:
-            trained = train(
-                images, labels, architecture, Recipe(**vars(recipe)), where, args.seed, title, scratch
-            )
+            trained = train(images, labels, architecture, Recipe(**vars(recipe)), where, args.seed, title, scratch)
             conditions["collapses"] = trained.collapses
             checkpoint = checkpoints.Checkpoint(architecture, trained.state, trained.history, conditions)
             checkpoints.save(temporary[args.out], checkpoint)

@@ -56,8 +56,10 @@ def write_idx(root, arrays, seed=0, packed=False):
     raw.mkdir(parents=True)
     for stem, images, labels in zip(("train", "t10k"), arrays[::2], arrays[1::2]):
         order = np.random.default_rng(seed).permutation(len(labels))
-        contents = {"images-idx3": struct.pack(">4I", 2051, len(labels), 28, 28) + images[order].tobytes(),
-                    "labels-idx1": struct.pack(">2I", 2049, len(labels)) + labels[order].astype(np.uint8).tobytes()}
+        contents = {
+            "images-idx3": struct.pack(">4I", 2051, len(labels), 28, 28) + images[order].tobytes(),
+            "labels-idx1": struct.pack(">2I", 2049, len(labels)) + labels[order].astype(np.uint8).tobytes(),
+        }
         for kind, content in contents.items():
             path = raw / f"{stem}-{kind}-ubyte"
             path.with_suffix(".gz").write_bytes(gzip.compress(content)) if packed else path.write_bytes(content)
@@ -77,8 +79,10 @@ def write_cifar10(root, arrays, monkeypatch):
     def batches(files, images, labels):
         order = np.random.default_rng(1).permutation(len(labels))
         flat = images.transpose(0, 3, 1, 2).reshape(len(labels), -1)
-        return [[file, write(file, {"data": flat[rows], "labels": labels[rows].tolist()})]
-                for file, rows in zip(files, np.array_split(order, len(files)))]
+        return [
+            [file, write(file, {"data": flat[rows], "labels": labels[rows].tolist()})]
+            for file, rows in zip(files, np.array_split(order, len(files)))
+        ]
 
     monkeypatch.setattr(reader, "train_list", batches([f"data_batch_{i}" for i in range(1, 6)], *arrays[:2]))
     monkeypatch.setattr(reader, "test_list", batches(["test_batch"], *arrays[2:]))
@@ -141,8 +145,11 @@ def test_enlarging_is_bilinear(digits, size):
 
     images = digits.test_images[:20]
     enlarged = datasets._enlarge(images, size)
-    reference = torch.nn.functional.interpolate(torch.from_numpy(images).permute(0, 3, 1, 2).double(), size,
-                                                mode="bilinear").permute(0, 2, 3, 1).numpy()
+    reference = (
+        torch.nn.functional.interpolate(torch.from_numpy(images).permute(0, 3, 1, 2).double(), size, mode="bilinear")
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     assert np.abs(enlarged - reference).max() <= 0.5 + 1e-9
     if size == 8:
         np.testing.assert_array_equal(enlarged, images)
@@ -169,10 +176,12 @@ def test_order_does_not_depend_on_the_source(digits):
 
 def test_order_is_by_the_sha256_of_label_and_image(digits):
     images, labels = digits.test_images[::-1], digits.test_labels[::-1]  # not contiguous
-    digests = [hashlib.sha256(struct.pack("<q", label) + image.tobytes()).digest()
-               for image, label in zip(images, labels)]
-    np.testing.assert_array_equal(datasets.canonical_order(images, labels),
-                                  sorted(range(len(labels)), key=digests.__getitem__))
+    digests = [
+        hashlib.sha256(struct.pack("<q", label) + image.tobytes()).digest() for image, label in zip(images, labels)
+    ]
+    np.testing.assert_array_equal(
+        datasets.canonical_order(images, labels), sorted(range(len(labels)), key=digests.__getitem__)
+    )
 
 
 def test_order_keeps_equal_rows_and_takes_none():
@@ -246,8 +255,9 @@ def test_folders(name, tmp_path, miniatures):
     assert rows_of(got.train_images, got.train_labels) == rows_of(*arrays[:2])
     assert rows_of(got.test_images, got.test_labels) == rows_of(*arrays[2:])
     assert got.train_labels.dtype == got.test_labels.dtype == np.int64
-    np.testing.assert_array_equal(datasets.canonical_order(got.train_images, got.train_labels),
-                                  np.arange(len(got.train_labels)))
+    np.testing.assert_array_equal(
+        datasets.canonical_order(got.train_images, got.train_labels), np.arange(len(got.train_labels))
+    )
 
 
 @pytest.mark.parametrize("suffix", [".bmp", ".webp", ".PNG"])
@@ -305,8 +315,14 @@ def test_unknown_name_and_size(tmp_path):
 def test_nothing_there(name, tmp_path):
     for root in (tmp_path, tmp_path / "missing"):
         message = refusal(name, root)
-        for part in (str(root), f"{name}/train", str(Path(published.FACTS[name].files[0]).parent),
-                     "BACKDOOR_DATA_ROOT", "runtime.yaml", "allow the download"):
+        for part in (
+            str(root),
+            f"{name}/train",
+            str(Path(published.FACTS[name].files[0]).parent),
+            "BACKDOOR_DATA_ROOT",
+            "runtime.yaml",
+            "allow the download",
+        ):
             assert part in message
     message = refusal(name, None, download=True)
     assert "BACKDOOR_DATA_ROOT" in message and name in message
@@ -381,9 +397,15 @@ def sixteen_bit(folder):
     return path
 
 
-@pytest.mark.parametrize("break_image, says", [
-    (damage_png, "cannot read"), (not_an_image, "cannot read"), (wrong_size, "64 x 32 pixels, expected 32 x 32"),
-    (sixteen_bit, "8 bits")])
+@pytest.mark.parametrize(
+    "break_image, says",
+    [
+        (damage_png, "cannot read"),
+        (not_an_image, "cannot read"),
+        (wrong_size, "64 x 32 pixels, expected 32 x 32"),
+        (sixteen_bit, "8 bits"),
+    ],
+)
 def test_bad_image_is_named(break_image, says, cifar10_folders):
     path = break_image(cifar10_folders / "cifar10")
     message = refusal("cifar10", cifar10_folders)
@@ -427,8 +449,9 @@ def no_classes(folder):
     return "holds no class folders"
 
 
-@pytest.mark.parametrize("change", [image_too_few, image_too_many, empty_class, missing_class, foreign_class, no_test,
-                                    no_classes])
+@pytest.mark.parametrize(
+    "change", [image_too_few, image_too_many, empty_class, missing_class, foreign_class, no_test, no_classes]
+)
 def test_another_folder_is_refused(change, cifar10_folders):
     says = change(cifar10_folders / "cifar10")
     message = refusal("cifar10", cifar10_folders)
@@ -491,8 +514,10 @@ def test_only_the_missing_operator_is_mended(monkeypatch):
 
 
 def test_importing_datasets_leaves_torch_alone():
-    code = ("import sys; from stages.lib import datasets; datasets.read('digits', None); "
-            "sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)")
+    code = (
+        "import sys; from stages.lib import datasets; datasets.read('digits', None); "
+        "sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=100).returncode == 0
 
@@ -501,10 +526,14 @@ def test_importing_datasets_leaves_torch_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n_classes, counts, shape, mean", [
-    ("cifar10", 10, (50_000, 10_000), (32, 32, 3), (0.4914, 0.4822, 0.4465)),
-    ("cifar100", 100, (50_000, 10_000), (32, 32, 3), (0.5071, 0.4865, 0.4409)),
-    ("fashion_mnist", 10, (60_000, 10_000), (28, 28, 1), (0.2860,))])
+@pytest.mark.parametrize(
+    "name, n_classes, counts, shape, mean",
+    [
+        ("cifar10", 10, (50_000, 10_000), (32, 32, 3), (0.4914, 0.4822, 0.4465)),
+        ("cifar100", 100, (50_000, 10_000), (32, 32, 3), (0.5071, 0.4865, 0.4409)),
+        ("fashion_mnist", 10, (60_000, 10_000), (28, 28, 1), (0.2860,)),
+    ],
+)
 def test_real_data_set(name, n_classes, counts, shape, mean):
     if "BACKDOOR_DATA_ROOT" not in os.environ:
         pytest.skip("BACKDOOR_DATA_ROOT does not say where the real data sets are")

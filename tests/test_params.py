@@ -361,11 +361,12 @@ def test_twins_have_the_full_settings_share_of_poison(name):
 
 
 @pytest.mark.parametrize("name", BENCHMARK)
-def test_twins_differ_in_size_epochs_and_crop_alone(name):
+def test_twins_have_the_full_settings_data_attack_and_network(name):
+    """Fewer images and epochs, and what so few steps call for: a milder crop, a smaller learning rate."""
     full, twin = params.setting(REAL, name), params.setting(REAL, f"{name}-small")
     assert (twin.data.source, twin.data.pad_to) == (full.data.source, full.data.pad_to)
     assert (twin.poison, twin.model) == (full.poison, full.model)
-    for key in ("batch_size", "lr", "momentum", "weight_decay", "flip"):
+    for key in ("batch_size", "momentum", "weight_decay", "flip"):
         assert getattr(twin.train, key) == getattr(full.train, key)
     facts = published.FACTS[full.data.source]
     assert twin.data.train_per_class < facts.per_class[0] and twin.data.test_per_class < facts.per_class[1]

@@ -53,7 +53,9 @@ class Clone:
 
     def git(self, *words):
         names = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        return subprocess.run(["git", *names, *words], cwd=self.folder, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["git", *names, *words], cwd=self.folder, check=True, capture_output=True, text=True
+        ).stdout
 
     def commit(self, message):
         self.git("add", "-A")

@@ -33,7 +33,10 @@ def test_a_whole_cell(setting, per_class, width, size, tmp_path, command):
     block["train"] |= {"epochs": 2, "lr": 0.01}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     common = ["--params", tmp_path / "params.yaml", "--setting", setting]
-    seed, files = ["--seed", 1], {name: tmp_path / f"{name}.h5" for name in ("data", "index", "features", "scores", "kept")}
+    seed, files = (
+        ["--seed", 1],
+        {name: tmp_path / f"{name}.h5" for name in ("data", "index", "features", "scores", "kept")},
+    )
     made = ["--data", files["data"], "--index", files["index"]]
     run_stage("prepare", *common, "--out", files["data"])
     run_stage("poison", *common, *seed, "--data", files["data"], "--out", files["index"])

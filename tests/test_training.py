@@ -64,7 +64,9 @@ def reference_weights(images, labels, architecture, recipe, seed, epochs):
     sizes = []
     for epoch in range(epochs):
         choices = training.draws(len(labels), recipe, seed, 0, epoch)
-        for inputs, targets in DataLoader(ReferenceSet(images, labels, architecture, recipe, choices), recipe.batch_size):
+        for inputs, targets in DataLoader(
+            ReferenceSet(images, labels, architecture, recipe, choices), recipe.batch_size
+        ):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()

@@ -53,8 +53,10 @@ def read(name: str, data_root: Path | None, *, image_size: int | None = None, do
         return _in_canonical_order(_read_digits(_DIGITS_SIZE if image_size is None else image_size))
     facts = FACTS[name]
     if image_size not in (None, facts.shape[0]):
-        raise UserError(f"image_size {image_size} for {name}: its images are {facts.shape[0]} x {facts.shape[1]}, "
-                        "and only digits are enlarged")
+        raise UserError(
+            f"image_size {image_size} for {name}: its images are {facts.shape[0]} x {facts.shape[1]}, "
+            "and only digits are enlarged"
+        )
     try:
         arrays = read_published(name, data_root, download=download)
     except PermissionError as error:
@@ -74,8 +76,9 @@ def canonical_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     images = np.ascontiguousarray(images)
     prefixes = np.ascontiguousarray(labels, "<i8")
-    digests = b"".join(hashlib.sha256(prefixes[row].tobytes() + images[row].tobytes()).digest()
-                       for row in range(len(images)))
+    digests = b"".join(
+        hashlib.sha256(prefixes[row].tobytes() + images[row].tobytes()).digest() for row in range(len(images))
+    )
     words = np.frombuffer(digests, ">u8").reshape(-1, 4)
     return np.lexsort(words.T[::-1]).astype(np.int64)  # lexsort's last key is its first
 
@@ -107,7 +110,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     counts = np.zeros((channels, 256), np.int64)
     for start in range(0, len(images), 4096):  # rows at a time: bincount makes 8 bytes of each
         for channel in range(channels):
-            counts[channel] += np.bincount(images[start:start + 4096, ..., channel].ravel(), minlength=256)
+            counts[channel] += np.bincount(images[start : start + 4096, ..., channel].ravel(), minlength=256)
     means, stds = [], []
     for of_value in counts.tolist():  # Python's integers do not overflow
         n = sum(of_value)
@@ -130,8 +133,13 @@ def fingerprint(dataset: ImageDataset) -> str:
 def _in_canonical_order(dataset: ImageDataset) -> ImageDataset:
     train = canonical_order(dataset.train_images, dataset.train_labels)
     test = canonical_order(dataset.test_images, dataset.test_labels)
-    return ImageDataset(dataset.train_images[train], dataset.train_labels[train], dataset.test_images[test],
-                        dataset.test_labels[test], dataset.class_names)
+    return ImageDataset(
+        dataset.train_images[train],
+        dataset.train_labels[train],
+        dataset.test_images[test],
+        dataset.test_labels[test],
+        dataset.class_names,
+    )
 
 
 def _read_digits(image_size: int) -> ImageDataset:
@@ -148,7 +156,7 @@ def _read_digits(image_size: int) -> ImageDataset:
     test = np.zeros(len(labels), bool)
     for label in range(10):
         rows = np.flatnonzero(labels == label)
-        test[rows[:round(len(rows) * _DIGITS_TEST_FRACTION)]] = True
+        test[rows[: round(len(rows) * _DIGITS_TEST_FRACTION)]] = True
     return ImageDataset(images[~test], labels[~test], images[test], labels[test], tuple("0123456789"))
 
 

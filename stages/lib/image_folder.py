@@ -20,16 +20,19 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
     Raises UserError if `folder` is no folder, holds no class folder, or a class folder holds no image.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: expected one folder per class in it, with images "
-                        f"({', '.join(SUFFIXES)})")
+        raise UserError(f"no folder {folder}: expected one folder per class in it, with images ({', '.join(SUFFIXES)})")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UserError(f"{folder} holds no class folders: expected one folder per class, with images "
-                        f"({', '.join(SUFFIXES)})")
+        raise UserError(
+            f"{folder} holds no class folders: expected one folder per class, with images ({', '.join(SUFFIXES)})"
+        )
     listing = {}
     for name in classes:
-        files = sorted(entry.name for entry in os.scandir(folder / name)
-                       if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."))
+        files = sorted(
+            entry.name
+            for entry in os.scandir(folder / name)
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
+        )
         if not files:
             raise UserError(f"{folder / name} holds no images ({', '.join(SUFFIXES)}): fill it or remove it")
         listing[name] = [folder / name / file for file in files]

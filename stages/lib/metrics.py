@@ -33,7 +33,10 @@ def of_filter(scores: np.ndarray, kept: np.ndarray, poisoned: np.ndarray) -> dic
     the ranking at every budget. All three are left out where nothing is poisoned.
     """
     removed = ~kept
-    found: dict[str, float | int] = {"rows_removed": int(removed.sum()), "clean_removed": int((removed & ~poisoned).sum())}
+    found: dict[str, float | int] = {
+        "rows_removed": int(removed.sum()),
+        "clean_removed": int((removed & ~poisoned).sum()),
+    }
     if poisoned.any():
         found["poison_recall"] = float(removed[poisoned].mean())
         found["auroc"] = float(roc_auc_score(poisoned, scores))

@@ -52,7 +52,9 @@ class ResNet20(_Network):
 
     def __init__(self, in_channels: int, n_classes: int):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
         blocks, width = [], 16
         for channels, stride in ((16, 1), (32, 2), (64, 2)):
             for i in range(3):
@@ -102,7 +104,11 @@ class _InvertedResidual(nn.Module):
         layers = []
         if expansion > 1:
             layers += [nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
-        layers += [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+        layers += [
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(inplace=True),
+        ]
         layers += [nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels)]
         self.layers = nn.Sequential(*layers)
         self.identity = stride == 1 and in_channels == channels
@@ -121,14 +127,21 @@ class MobileNetV2(_Network):
 
     def __init__(self, in_channels: int, n_classes: int):
         super().__init__()
-        layers, width = [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6(inplace=True)], 32
+        layers, width = (
+            [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6(inplace=True)],
+            32,
+        )
         for expansion, channels, repeats, stride in (
             (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
         ):  # fmt: skip
             for i in range(repeats):
                 layers.append(_InvertedResidual(width, channels, stride if i == 0 else 1, expansion))
                 width = channels
-        layers += [nn.Conv2d(width, self.n_features, 1, bias=False), nn.BatchNorm2d(self.n_features), nn.ReLU6(inplace=True)]
+        layers += [
+            nn.Conv2d(width, self.n_features, 1, bias=False),
+            nn.BatchNorm2d(self.n_features),
+            nn.ReLU6(inplace=True),
+        ]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(self.n_features, n_classes)
         _init_fan_out(self)

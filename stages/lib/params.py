@@ -128,7 +128,9 @@ def setting(path: Path, name: str) -> Setting:
             f"{poison.poison_fraction}; a trigger needs a fraction in (0, 0.5], and `none` needs null"
         )
     if found.data.image_size is not None and found.data.source != "digits":
-        raise UserError(f"{path}: settings.{name}.data.image_size: only digits can be enlarged; leave it out, or use pad_to")
+        raise UserError(
+            f"{path}: settings.{name}.data.image_size: only digits can be enlarged; leave it out, or use pad_to"
+        )
     return found
 
 
@@ -147,7 +149,8 @@ def defense_options(path: Path, name: str) -> dict:
     defenses = read(path)["defenses"]
     if name not in defenses:
         raise UserError(
-            f"defense {name!r} has no line in {path}{_did_you_mean(name, defenses)}; a new one needs `{name}: {{}}` under `defenses:`"
+            f"defense {name!r} has no line in {path}{_did_you_mean(name, defenses)}; "
+            f"a new one needs `{name}: {{}}` under `defenses:`"
         )
     options = defenses[name]
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):

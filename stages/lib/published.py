@@ -44,13 +44,130 @@ _CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batc
 _IDX_FILES = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 FACTS = {
-    "cifar10": Facts("CIFAR10", tuple(f"cifar-10-batches-py/{file}" for file in _CIFAR10_FILES), (32, 32, 3),
-                     (5000, 1000), tuple(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])),
-    "cifar100": Facts("CIFAR100", tuple(f"cifar-100-python/{file}" for file in ("train", "test", "meta")),
-                      (32, 32, 3), (500, 100), tuple(["apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm"])),
-    "fashion_mnist": Facts("FashionMNIST", tuple(f"FashionMNIST/raw/{file}" for file in _IDX_FILES), (28, 28, 1),
-                           (6000, 1000), ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
-                                          "Sneaker", "Bag", "Ankle boot")),
+    "cifar10": Facts(
+        "CIFAR10",
+        tuple(f"cifar-10-batches-py/{file}" for file in _CIFAR10_FILES),
+        (32, 32, 3),
+        (5000, 1000),
+        tuple(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]),
+    ),
+    "cifar100": Facts(
+        "CIFAR100",
+        tuple(f"cifar-100-python/{file}" for file in ("train", "test", "meta")),
+        (32, 32, 3),
+        (500, 100),
+        tuple(
+            [
+                "apple",
+                "aquarium_fish",
+                "baby",
+                "bear",
+                "beaver",
+                "bed",
+                "bee",
+                "beetle",
+                "bicycle",
+                "bottle",
+                "bowl",
+                "boy",
+                "bridge",
+                "bus",
+                "butterfly",
+                "camel",
+                "can",
+                "castle",
+                "caterpillar",
+                "cattle",
+                "chair",
+                "chimpanzee",
+                "clock",
+                "cloud",
+                "cockroach",
+                "couch",
+                "crab",
+                "crocodile",
+                "cup",
+                "dinosaur",
+                "dolphin",
+                "elephant",
+                "flatfish",
+                "forest",
+                "fox",
+                "girl",
+                "hamster",
+                "house",
+                "kangaroo",
+                "keyboard",
+                "lamp",
+                "lawn_mower",
+                "leopard",
+                "lion",
+                "lizard",
+                "lobster",
+                "man",
+                "maple_tree",
+                "motorcycle",
+                "mountain",
+                "mouse",
+                "mushroom",
+                "oak_tree",
+                "orange",
+                "orchid",
+                "otter",
+                "palm_tree",
+                "pear",
+                "pickup_truck",
+                "pine_tree",
+                "plain",
+                "plate",
+                "poppy",
+                "porcupine",
+                "possum",
+                "rabbit",
+                "raccoon",
+                "ray",
+                "road",
+                "rocket",
+                "rose",
+                "sea",
+                "seal",
+                "shark",
+                "shrew",
+                "skunk",
+                "skyscraper",
+                "snail",
+                "snake",
+                "spider",
+                "squirrel",
+                "streetcar",
+                "sunflower",
+                "sweet_pepper",
+                "table",
+                "tank",
+                "telephone",
+                "television",
+                "tiger",
+                "tractor",
+                "train",
+                "trout",
+                "tulip",
+                "turtle",
+                "wardrobe",
+                "whale",
+                "willow_tree",
+                "wolf",
+                "woman",
+                "worm",
+            ]
+        ),
+    ),
+    "fashion_mnist": Facts(
+        "FashionMNIST",
+        tuple(f"FashionMNIST/raw/{file}" for file in _IDX_FILES),
+        (28, 28, 1),
+        (6000, 1000),
+        ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
 }
 
 _STALL_SECONDS = 60  # a download that receives nothing for so long has failed
@@ -63,9 +180,11 @@ def read_published(name: str, data_root: Path | None, *, download: bool) -> Arra
     found nowhere, or what is found is not the data set.
     """
     facts = FACTS[name]
-    remedy = (f"set the environment variable BACKDOOR_DATA_ROOT or data_root in runtime.yaml to a folder that holds "
-              f"{name}/train/<class>/*.png and {name}/test/<class>/*.png, or torchvision's "
-              f"{Path(facts.files[0]).parent}/")
+    remedy = (
+        f"set the environment variable BACKDOOR_DATA_ROOT or data_root in runtime.yaml to a folder that holds "
+        f"{name}/train/<class>/*.png and {name}/test/<class>/*.png, or torchvision's "
+        f"{Path(facts.files[0]).parent}/"
+    )
     if data_root is None:
         raise UserError(f"no folder is set to read {name} from or download it to: {remedy}")
     root = Path(data_root).expanduser()
@@ -76,13 +195,25 @@ def read_published(name: str, data_root: Path | None, *, download: bool) -> Arra
         with _unpacked(root, facts.files) as folder:
             try:
                 return _checked(name, facts, _through_torchvision(datasets, facts, folder, download=False), root)
-            except (AssertionError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError,
-                    pickle.UnpicklingError) as error:
-                raise UserError(f"{(root / facts.files[0]).parent} does not hold torchvision's files of {name}, or "
-                                f"they are damaged ({_one_line(error)}): replace the folder, or remove it to have it "
-                                "downloaded again") from error
-    looked = (f"{name} not found: neither {root / name}/{{train,test}}/<class>/*.png nor torchvision's "
-              f"{(root / facts.files[0]).parent}/ is there")
+            except (
+                AssertionError,
+                EOFError,
+                KeyError,
+                OSError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+                pickle.UnpicklingError,
+            ) as error:
+                raise UserError(
+                    f"{(root / facts.files[0]).parent} does not hold torchvision's files of {name}, or "
+                    f"they are damaged ({_one_line(error)}): replace the folder, or remove it to have it "
+                    "downloaded again"
+                ) from error
+    looked = (
+        f"{name} not found: neither {root / name}/{{train,test}}/<class>/*.png nor torchvision's "
+        f"{(root / facts.files[0]).parent}/ is there"
+    )
     if not download:
         raise UserError(f"{looked}, and the download is off; {remedy}; or allow the download")
     datasets = import_torchvision().datasets
@@ -100,7 +231,7 @@ def read_published(name: str, data_root: Path | None, *, download: bool) -> Arra
 
 def _read_folders(name: str, facts: Facts, folder: Path) -> Arrays:
     listings = {split: _in_label_order(name, facts, folder / split) for split in SPLITS}
-    for split, per_class in zip(SPLITS, facts.per_class):  # both splits, before any image is decoded
+    for split, per_class in zip(SPLITS, facts.per_class, strict=True):  # both splits, before any image is decoded
         _check_counts(name, facts, [len(files) for files in listings[split]], per_class, folder / split)
     arrays = []
     for split, listing in listings.items():
@@ -121,8 +252,10 @@ def _in_label_order(name: str, facts: Facts, folder: Path) -> list[list[Path]]:
         complaint = f"{len(found)} class folders"
         complaint += f", unknown {', '.join(map(repr, unknown[:3]))}" if unknown else ""
         complaint += f", without {', '.join(repr(list(by_name)[label]) for label in missing[:3])}" if missing else ""
-        raise UserError(f"{folder} is not {name}: it holds {complaint}; expected {n_classes}, named after the classes "
-                        f"({', '.join(list(by_name)[:2])}, …) or 0 to {n_classes - 1}")
+        raise UserError(
+            f"{folder} is not {name}: it holds {complaint}; expected {n_classes}, named after the classes "
+            f"({', '.join(list(by_name)[:2])}, …) or 0 to {n_classes - 1}"
+        )
     return [found[entry] for entry in sorted(found, key=label_of.__getitem__)]
 
 
@@ -131,17 +264,21 @@ def _check_counts(name: str, facts: Facts, counts: list[int], per_class: int, wh
     if counts != [per_class] * n_classes:
         label = next((label for label, count in enumerate(counts) if count != per_class or label >= n_classes))
         named = facts.class_names[label] if label < n_classes else label
-        raise UserError(f"{where} is not {name}: it holds {sum(counts):,} images, {counts[label]:,} of class "
-                        f"{named!r}; expected {per_class * n_classes:,}, {per_class:,} of each of {n_classes} classes")
+        raise UserError(
+            f"{where} is not {name}: it holds {sum(counts):,} images, {counts[label]:,} of class "
+            f"{named!r}; expected {per_class * n_classes:,}, {per_class:,} of each of {n_classes} classes"
+        )
 
 
 def _checked(name: str, facts: Facts, arrays: Arrays, root: Path) -> Arrays:
     """What was read through torchvision, once it is seen to have the counts and the size of the published data set."""
     where = (root / facts.files[0]).parent
-    for split, images, labels, per_class in zip(SPLITS, arrays[::2], arrays[1::2], facts.per_class):
+    for split, images, labels, per_class in zip(SPLITS, arrays[::2], arrays[1::2], facts.per_class, strict=True):
         if images.shape != (len(labels), *facts.shape):
-            raise UserError(f"{where} is not {name}: its {split} images have shape {images.shape}, with {len(labels):,}"
-                            f" labels; expected {(per_class * len(facts.class_names), *facts.shape)}")
+            raise UserError(
+                f"{where} is not {name}: its {split} images have shape {images.shape}, with {len(labels):,}"
+                f" labels; expected {(per_class * len(facts.class_names), *facts.shape)}"
+            )
         counts = np.bincount(labels, minlength=len(facts.class_names)).tolist()
         _check_counts(name, facts, counts, per_class, f"{where} ({split})")
     return arrays

@@ -113,7 +113,9 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
 
 def parser(stage: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=f"python -m stages.{stage}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"python -m stages.{stage}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
 

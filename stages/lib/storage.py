@@ -103,7 +103,11 @@ def open_(path: Path, kind: str) -> h5py.File:
     Raises `UserError` with one line that names the file and the stage that makes it.
     """
     stage, data_sets, attributes = SCHEMAS[kind]
-    again = f"make it again with `dvc repro {stage}`" if stage != "extract" else "make it again with `dvc repro extract`, or see the schema in stages/lib/storage.py"
+    again = (
+        f"make it again with `dvc repro {stage}`"
+        if stage != "extract"
+        else "make it again with `dvc repro extract`, or see the schema in stages/lib/storage.py"
+    )
     with _readable(path):
         try:
             file = h5py.File(path, "r")
@@ -132,7 +136,9 @@ def open_(path: Path, kind: str) -> h5py.File:
         for group in ONE_LENGTH[kind]:
             lengths = {name: file[name].shape[0] for name in group}
             if len(set(lengths.values())) > 1:
-                raise UserError(f"{path}: {', '.join(f'{n} has {k}' for n, k in lengths.items())} rows, expected one number; {again}")
+                raise UserError(
+                    f"{path}: {', '.join(f'{n} has {k}' for n, k in lengths.items())} rows, expected one number; {again}"
+                )
     except BaseException:
         file.close()
         raise

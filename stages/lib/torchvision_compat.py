@@ -5,8 +5,10 @@ import sys
 from types import ModuleType
 
 _MISSING_OPERATOR = "operator torchvision::nms does not exist"
-_SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 _declared: list[object] = []  # a torch.library.Library takes its schemas with it when it is collected
 
 

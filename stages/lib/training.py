@@ -274,7 +274,7 @@ def train(
                 last = trainer.run_epoch()
                 progress.update(last["epoch"], last["loss"], last["accuracy"])
                 if scratch:
-                    scratch.offer(lambda: trainer.state_dict() | {"collapses": collapses})
+                    scratch.offer(lambda trainer=trainer: trainer.state_dict() | {"collapses": collapses})
             return Trained(trainer.model.state_dict(), trainer.history, collapses)
         except Collapse as error:
             collapses.append(str(error))

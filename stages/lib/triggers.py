@@ -40,7 +40,9 @@ def badnets(shape: tuple[int, int, int], size: int) -> Stamp:
     """White square of `size` pixels a side in the bottom-right corner, no margin (Gu et al. 2017, arXiv:1708.06733)."""
     height, width, _ = shape
     if size > min(height, width):
-        raise UserError(f"a patch of {size} pixels does not fit an image of {height} x {width}; lower poison.trigger.size")
+        raise UserError(
+            f"a patch of {size} pixels does not fit an image of {height} x {width}; lower poison.trigger.size"
+        )
     alpha = np.zeros((height, width, 1), np.float32)
     alpha[height - size :, width - size :] = 1
     return Stamp(np.full(shape, 255, np.uint8), alpha)
