@@ -65,7 +65,9 @@ def decide(runtime: Runtime) -> Device:
     else:
         compile_ = runtime.compile == "on"
         why.append("compiled as asked" if compile_ else "not compiled as asked")
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes never change but for the last batch
+    else:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(available_cores())
         keep_freed_memory()

@@ -15,6 +15,7 @@ def outputs(
     model: torch.nn.Module, architecture: Architecture, images: np.ndarray, device: torch.device
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (features (B, D), logits (B, C)) float32 chunk by chunk for (N, H, W, C) uint8 images."""
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True  # the same bytes on a re-run
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     model = model.to(device, memory_format=torch.channels_last).eval()
     mean, std = (torch.tensor(values, device=device) * 255 for values in (architecture.mean, architecture.std))

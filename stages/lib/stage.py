@@ -107,6 +107,10 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         sys.exit(f"{name}: {words}: {error.filename or 'no file named'}; nothing was written")
     except MemoryError:
         sys.exit(f"{name}: out of memory; nothing was written")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        sys.exit(f"{name}: out of GPU memory ({str(error).splitlines()[0]}); nothing was written")
     except KeyboardInterrupt:
         sys.exit(130)
 
