@@ -38,9 +38,11 @@ _CANDIDATES = 6  # splits kept of each class
 _SAME_SPLIT = 0.97  # two splits that agree on so many rows are one
 _BLOCK = 8192  # rows in float64 at a time
 
+# Evidence that counts against a split for each nat by which it stays behind the best split of its class: likelihoods of
+# a model that is only roughly right must not outvote everything else, so they count in part and up to a limit.
+_TEMPER, _BEHIND = 0.05, 6.0
 # Weights of the evidence for "this half is poison". Set by hand on the development dumps of README.md, and rounded.
 _WEIGHTS = {"contrast": 0.06, "oddness": 0.1, "distance": 2.0, "separation": 1.0, "held_out": 1.5}
-_TEMPER, _BEHIND = 0.05, 6.0
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
 _SHARE_ERROR = 0.2  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _UNSHARED = 2.0  # cost of a half that holds fewer rows than are poisoned: then there are other targets
@@ -58,8 +60,9 @@ class BackdoorDefense:
     use_class_sizes : bool
         Whether a class that is larger than the others is more suspect. Right where clean classes are about equally
         large; where they are not, the spread of the sizes takes the weight from it. False: sizes are not looked at.
-    threshold : float
-        Evidence above which a class is suspected where the poison fraction is not known.
+    threshold : float, optional
+        Evidence above which a class is suspected where the poison fraction is not known. By default 12, or 18 where
+        class sizes are not used; on the development dumps clean classes reached 1.2 and 15.5.
 
     Attributes
     ----------
@@ -69,11 +72,13 @@ class BackdoorDefense:
         Most suspect first. With a poison fraction there is at least one; without, there may be none.
     """
 
-    def __init__(self, use_class_sizes=True, threshold=15.0):
+    def __init__(self, use_class_sizes=True, threshold=None):
         if not isinstance(use_class_sizes, bool):
             raise ValueError(f"use_class_sizes is {use_class_sizes!r}; expected true or false")
+        if threshold is None:
+            threshold = 12 if use_class_sizes else 18
         if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not np.isfinite(threshold):
-            raise ValueError(f"threshold is {threshold!r}; expected a finite number")
+            raise ValueError(f"threshold is {threshold!r}; expected a finite number, or None for the default")
         self.use_class_sizes = use_class_sizes
         self.threshold = float(threshold)
         self.RELIES_ON = ("class_sizes",) if use_class_sizes else ()
@@ -168,8 +173,10 @@ class BackdoorDefense:
             np.median([split[name] for split in likeliest.values()]) for name in ("distance", "separation")
         )
         evidence = np.empty((len(splits), 2))
+        gains = [split["held_out"] for split in splits]
+        most = {c: max(g for g, s in zip(gains, splits, strict=True) if s["class"] == c) for c in likeliest}
         for index, split in enumerate(splits):
-            behind = max(s["held_out"] for s in splits if s["class"] == split["class"]) - split["held_out"]
+            behind = most[split["class"]] - split["held_out"]
             few = split["sizes"] / (split["sizes"] + 10)  # statistics of few rows are noisy
             z = (split["statistics"] - centre) / scale * np.sqrt(few)[:, None]
             odd = np.minimum(z**2, _LARGEST_Z2).sum(axis=1)

@@ -223,7 +223,7 @@ def test_unknown_setting(write, refuses):
         params.setting(path, "resnet20-cifar")
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "-x", "a b", "a\nb", "", "ä"])
+@pytest.mark.parametrize("name", ["a/b", "..", "a.b", ".hidden", "-x", "a b", "a\nb", "", "ä"])
 def test_a_setting_names_a_folder(tmp_path, refuses, name):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"settings": {name: SMALL["settings"]["s"]}}, allow_unicode=True))

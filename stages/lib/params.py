@@ -118,8 +118,8 @@ def setting(path: Path, name: str) -> Setting:
     settings = read(path)["settings"]
     if name not in settings:
         raise UserError(f"setting {name!r} is not in {path}{_did_you_mean(name, settings)}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"{path}: {name!r} cannot name a setting; it names a folder: letters, digits and . _ - only")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise UserError(f"{path}: {name!r} cannot name a setting; it names a folder: letters, digits, _ and - only (a dot ends a word in DVC)")
     found = _build(Setting, settings[name], f"{path}: settings.{name}")
     poison = found.poison
     if (poison.trigger.name == "none") != (poison.poison_fraction is None):
