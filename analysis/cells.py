@@ -12,10 +12,10 @@ for each other run side by side, `--jobs` at a time: victim and oracle, then one
 
 import argparse
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -55,10 +55,14 @@ class Task:
     def stamp(self) -> Path:
         return STAMPS / hashlib.sha256(self.command.encode()).hexdigest()[:32]
 
+    def state(self) -> str:
+        """`key` and the digests of the outputs: what the stamp of a finished task holds."""
+        return json.dumps([self.key(), [storage.digest(path) for path in self.outs]])
+
     def is_done(self) -> bool:
         if not all(path.exists() for path in self.outs) or not self.stamp.exists():
             return False
-        return self.stamp.read_text() == self.key()
+        return self.stamp.read_text() == self.state()
 
 
 def tasks_of(cells: list[tuple[str, str, int]]) -> dict[str, Task]:
@@ -105,7 +109,8 @@ class Runner:
     def run(self, tasks: dict[str, Task]) -> dict[str, str]:
         """Name of the outcome by command: done, ran, failed, stopped or skipped (something before it failed)."""
         outcome: dict[str, str] = {}
-        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(self.jobs)
+        try:
             waiting, futures = dict(tasks), {}
             while waiting or futures:
                 for command, task in list(waiting.items()):
@@ -128,6 +133,11 @@ class Runner:
                     self.stop()
                 for future in finished:
                     outcome[futures.pop(future)] = future.result()
+        except BaseException:  # Ctrl-C, or a file that a task needs is not there: start nothing more
+            self.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
         return outcome
 
     def one(self, task: Task) -> str:
@@ -158,7 +168,10 @@ class Runner:
             print(f"{how:<6} {task.outs[0]} after {seconds:.0f} s: {output.strip().splitlines()[-1:]}", flush=True)
             return how
         task.stamp.parent.mkdir(parents=True, exist_ok=True)
-        task.stamp.write_text(key)
+        if task.key() != key:
+            print(f"failed {task.outs[0]}: what it was made from changed meanwhile", flush=True)
+            return "failed"
+        task.stamp.write_text(task.state())
         print(f"done   {task.outs[0]} in {seconds:.0f} s", flush=True)
         return "ran"
 
@@ -178,6 +191,13 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
     if not (cell / "metrics.json").exists():
         return None
     values = params.read(Path("params.yaml"))
+    setting_now = params.setting(Path("params.yaml"), setting)
+    files = {"undefended": shared / "victim.pt", "oracle": shared / "oracle.pt", "retrained": cell / "retrained.pt"}
+    models = {name: checkpoints.load(path) for name, path in files.items()}
+    for model in models.values():
+        recipe = dataclasses.asdict(setting_now.train)
+        if model.conditions["recipe"] != recipe or model.architecture.network != setting_now.model.network:
+            return None  # computed with other parameters than those that would stand beside it
     resources = sorted([*(shared.parent).glob("*.resources.json"), *shared.glob("*.resources.json"),
                         *cell.glob("*.resources.json")])  # fmt: skip
     found = {
@@ -189,8 +209,8 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
         "conditions": {
             "commit": commit,
             "exported": time.strftime("%Y-%m-%d", time.gmtime()),
-            "python": platform.python_version(),
-            "runtime": checkpoints.load(cell / "retrained.pt").conditions["runtime"],
+            "runtime": {name: model.conditions["runtime"] for name, model in models.items()},
+            "collapses": {name: model.conditions["collapses"] for name, model in models.items()},
             "parameters": {
                 "setting": values["settings"][setting],
                 "defense": values["defenses"][defense],
@@ -227,13 +247,18 @@ def main() -> int:
     args = options.parse_args()
     cells = [(s, d, k) for s in args.settings for k in args.seeds for d in args.defenses]
     try:
+        unfinished = set()
         if not args.export_only:
-            Runner(args.jobs, time.monotonic() + args.time_limit).run(tasks_of(cells))
+            outcome = Runner(args.jobs, time.monotonic() + args.time_limit).run(tasks_of(cells))
+            bad = {command for command, how in outcome.items() if how not in ("done", "ran")}
+            unfinished = {cell for cell in cells if bad & tasks_of([cell]).keys()}
         missing = []
         for cell in cells:
-            path = export(*cell, args.out, args.commit)
+            path = None if cell in unfinished else export(*cell, args.out, args.commit)
             print(f"cell   {path}" if path else f"open   {'/'.join(map(str, cell))}")
             missing += [] if path else [cell]
+    except KeyboardInterrupt:
+        return 130
     except UserError as error:
         print(f"python -m analysis.cells: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -45,6 +45,8 @@ Optional attributes:
     fraction, and is refused where that is None. ``"class_sizes"``: it takes clean classes to be equally large.
     ``"minority_in_class"``: it takes poison to be less than half of its class. ``()``: nothing. A file without
     ``RELIES_ON`` is taken to rely on the fraction, which fit has to accept in any case.
+``MAY_USE`` (class)
+    A tuple of the same words: what the method uses where it is told, and does without where it is not. Default ``()``.
 ``CHUNKED = True`` (class)
     features and logits may be h5py data sets, float16 or float32, to be read in slices (``features[a:b]``).
     Without it they are read whole, as float32.
@@ -70,6 +72,7 @@ __all__ = ["DefenseError", "available", "load", "relies_on", "score"]
 
 _FOLDER = Path(__file__).resolve().parent
 _BLOCK_VALUES = 2**22  # values checked at a time: 16 MiB of float32
+_LARGEST_SCORE = 1e150  # beyond, differences and squares of scores overflow; as good as infinite
 
 
 class DefenseError(ValueError):
@@ -261,7 +264,7 @@ def _cause(error, path):
 def _call(defense, method, *arguments, **keywords):
     try:
         return getattr(defense, method)(*arguments, **keywords)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DefenseError(f"defense {_name(defense)} failed in {method}: {_cause(error, _file(defense))}") from error
 
 
@@ -270,7 +273,24 @@ def _is_dataset(values):
 
 
 def _private(values, chunked):
-    return values if chunked and _is_dataset(values) else np.array(values, dtype=np.float32, order="C")
+    if chunked and _is_dataset(values):
+        return _Rows(values)
+    return np.array(values, dtype=np.float32, order="C")
+
+
+class _Rows:
+    """The rows of an h5py data set without its file, whose name and attributes are not the defense's business."""
+
+    ndim = 2
+
+    def __init__(self, values):
+        self._values, self.shape, self.dtype = values, values.shape, values.dtype
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        return self._values[rows]
 
 
 def _check_inputs(features, logits, labels):
@@ -322,7 +342,7 @@ def _check_scores(scores, n_samples, name):
             f"score_samples of defense {name} returned shape {scores.shape} and dtype {scores.dtype}; {expected}"
         )
     scores = np.array(scores, dtype=np.float64)
-    wrong = np.flatnonzero(~np.isfinite(scores))
+    wrong = np.flatnonzero(~(np.abs(scores) < _LARGEST_SCORE))
     if wrong.size:
         raise DefenseError(
             f"score_samples of defense {name} returned NaN or infinity for {wrong.size} of {n_samples} rows, first for "

@@ -24,6 +24,7 @@ import numbers
 
 import numpy as np
 from scipy.linalg import eigh, solve_triangular
+from threadpoolctl import threadpool_limits
 
 _DIRECTIONS = 32  # of a class, for the mixture. With 8 the likeliest split was often not the poison; with 32 it was
 _BASIS = 128  # principal directions of the pooled covariance in which a class's directions are sought
@@ -46,7 +47,7 @@ _WEIGHTS = {"contrast": 0.06, "oddness": 0.1, "distance": 2.0, "separation": 1.0
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
 _SHARE_ERROR = 0.2  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _UNSHARED = 2.0  # cost of a half that holds fewer rows than are poisoned: then there are other targets
-_ENOUGH, _TOO_MANY = 0.85, 1.2  # of the known number of rows: where the search for further classes ends
+_MISSING = 0.15  # of the known number of rows: with so few left to explain, a doubtful class is not suspected
 _NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the average
 # Smallest scale of each of the statistics of a half (see `_statistics`), for victims with few or very similar classes.
 _FLOORS = np.array([0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1])
@@ -72,6 +73,8 @@ class BackdoorDefense:
         Most suspect first. With a poison fraction there is at least one; without, there may be none.
     """
 
+    MAY_USE = ("poison_fraction",)
+
     def __init__(self, use_class_sizes=True, threshold=None):
         if not isinstance(use_class_sizes, bool):
             raise ValueError(f"use_class_sizes is {use_class_sizes!r}; expected true or false")
@@ -83,6 +86,7 @@ class BackdoorDefense:
         self.threshold = float(threshold)
         self.RELIES_ON = ("class_sizes",) if use_class_sizes else ()
 
+    @threadpool_limits.wrap(limits=1, user_api="blas")  # products of 32 columns: threads cost time and change last bits
     def fit(self, features, labels, poison_fraction, **kwargs):
         """Find each class's whitened coordinates.
 
@@ -109,6 +113,7 @@ class BackdoorDefense:
         ]
         return self
 
+    @threadpool_limits.wrap(limits=1, user_api="blas")
     def score_samples(self, features, logits):
         """Scores, (N,) float64; higher = more suspicious, and above 0 = more likely poison, in a suspected class."""
         if len(features) != len(self.labels_):
@@ -153,9 +158,9 @@ class BackdoorDefense:
             return [c for c, evidence, _ in ranked if evidence > self.threshold]
         suspected, explained = [], 0
         for c, evidence, size in ranked:
-            if suspected and (explained >= _ENOUGH * self.n_poisoned_ or evidence < self.threshold / 2):
-                break
-            if not suspected or explained + size <= _TOO_MANY * self.n_poisoned_:
+            missing = self.n_poisoned_ - explained
+            fits = missing > _MISSING * self.n_poisoned_ and size <= missing + _MISSING * self.n_poisoned_
+            if not suspected or evidence > self.threshold or (fits and evidence > self.threshold / 2):
                 suspected.append(c)
                 explained += size
         return suspected
@@ -315,8 +320,9 @@ def _maximise(values, weights, distances):
 
 
 def _distances(values, mean, factor):
-    white = solve_triangular(factor, (values - mean).T, lower=True, check_finite=False)
-    return np.einsum("ij,ij->j", white, white)
+    # The small inverse and a product: fifteen times faster than solving for all rows.
+    white = (values - mean) @ solve_triangular(factor, np.eye(len(factor)), lower=True, check_finite=False).T
+    return np.einsum("ij,ij->i", white, white)
 
 
 def _log_density(distances, factor):

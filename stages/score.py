@@ -6,6 +6,7 @@ python -m stages.score --defense path/to/file.py --features features.h5 --out sc
 """
 
 import json
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def main(args) -> None:
                     file["logits"],
                     file["labels"][:],
                     fraction,
-                    seed=stream(args.seed, "defense"),
+                    seed=stream(args.seed, "defense") % 2**32,  # what np.random.RandomState takes
                     n_classes=file["logits"].shape[1],
                 )
                 index = file.attrs.get("index", "")
@@ -60,9 +61,10 @@ def main(args) -> None:
             }
             try:
                 if getattr(defense, "n_suspected_", None) is not None:
-                    attributes["n_suspected"] = int(defense.n_suspected_)
+                    attributes["n_suspected"] = operator.index(defense.n_suspected_)
                 if getattr(defense, "suspected_classes_", None) is not None:
-                    attributes["suspected_classes"] = np.asarray(defense.suspected_classes_, np.int64)
+                    classes = [operator.index(label) for label in defense.suspected_classes_]
+                    attributes["suspected_classes"] = np.array(classes, np.int64)
             except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"defense {args.defense}: n_suspected_ or suspected_classes_ is no whole number ({error})"

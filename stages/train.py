@@ -57,6 +57,7 @@ def main(args) -> None:
             "index": index_digest,
         }
         what = conditions | {"architecture": dataclasses.asdict(architecture)}
+        what |= {"images": storage.digest_array(images), "labels": storage.digest_array(labels)}
         with Scratch(what) as scratch:
             trained = train(images, labels, architecture, Recipe(**vars(recipe)), where, args.seed, title, scratch)
             conditions["collapses"] = trained.collapses

@@ -33,14 +33,27 @@ def test_computes_exports_and_resumes(clone):
     for defense in ("confidence_filter", "random_filter"):
         found = json.loads((clone.folder / f"results/tiny/{defense}/seed1.json").read_text())
         assert found["metrics"]["cell"] == f"tiny/{defense}/seed1"
-        assert found["conditions"]["runtime"]["precision"] == "fp32" and found["conditions"]["commit"]
+        assert found["conditions"]["runtime"]["retrained"]["precision"] == "fp32" and found["conditions"]["commit"]
         assert found["conditions"]["parameters"]["setting"]["train"]["epochs"] == 1
         assert {"victim", "oracle", "retrained", "score"} <= set(found["resources"])
 
     status, output = run(clone, "--defenses", "confidence_filter", "random_filter")
     assert status == 0 and "start" not in output, "a second run finds all done"
 
-    (clone.folder / "artifacts/tiny/seed1/random_filter/scores.h5").unlink()
+    path = clone.folder / "params.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("lr: 0.01", "lr: 0.011"))
+    for words in (["--time-limit", "0"], ["--export-only"]):
+        status, output = run(clone, "--defenses", "random_filter", *words)
+        assert status == 2 and "open" in output, "figures never stand beside parameters they were not made with"
+    path.write_text(before)
+
+    scores = clone.folder / "artifacts/tiny/seed1/random_filter/scores.h5"
+    scores.write_bytes(scores.read_bytes() + b"x")
+    status, output = run(clone, "--defenses", "random_filter")
+    assert status == 0 and output.count("start") == 1, "a file that is not what was made is made again"
+
+    scores.unlink()
     status, output = run(clone, "--defenses", "random_filter")
     assert status == 0 and output.count("start") == 1, "a lost file is made again, and being the same, nothing else"
 

@@ -1,6 +1,7 @@
 """What dvc.yaml promises: every module a stage loads is a dependency, and no stage before `evaluate` can see the truth."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -140,3 +141,10 @@ def test_every_defense_has_a_line_in_params():
     listed = yaml.safe_load((ROOT / "params.yaml").read_text())["defenses"]
     files = {path.stem for path in (ROOT / "defenses").glob("*.py") if not path.stem.startswith("_")}
     assert set(listed) == files
+
+
+def test_the_committed_metrics_are_those_of_the_committed_parameters():
+    """What `dvc metrics diff HEAD` compares with."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    found = json.loads((ROOT / "artifacts/metrics.json").read_text())
+    assert found["cell"] == f"{values['setting']}/{values['defense']}/seed{values['seed']}"

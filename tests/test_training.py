@@ -301,3 +301,48 @@ def test_collapse_floor(counts, n_classes, floor):
 
 def test_collapse_is_judged_after_a_tenth_but_not_before_the_fifth_epoch():
     assert [training.collapse_epoch(epochs) for epochs in (1, 30, 50, 100, 101)] == [5, 5, 5, 10, 11]
+
+
+def test_a_collapse_late_in_the_training_is_seen(monkeypatch):
+    """A network that answers with one class after a good start is not scored in silence."""
+    images, labels = images_and_labels(n=120)
+    recipe = Recipe(**{**vars(RECIPE), "epochs": 7})
+    trainer = Trainer(images, labels, ARCHITECTURE, recipe, CPU, seed=0)
+    for _ in range(6):
+        trainer.run_epoch()
+    for parameter in trainer.model.parameters():
+        torch.nn.init.zeros_(parameter)
+    with pytest.raises(training.Collapse, match="after epoch 7"):
+        trainer.run_epoch()
+
+
+def test_a_last_batch_of_one_row_joins_the_one_before():
+    choices = training.draws(33, RECIPE, seed=0, attempt=0, epoch=0)
+    batches = training.split(choices, 16)
+    assert [batch.shape[1] for batch in batches] == [16, 17]
+    assert torch.equal(torch.cat(batches, 1), choices)
+    assert [batch.shape[1] for batch in training.split(choices, 32)] == [33]
+    assert [batch.shape[1] for batch in training.split(choices, 31)] == [31, 2]
+    images, labels = images_and_labels(n=33)
+    with pytest.raises(UserError, match="two rows at least"):
+        Trainer(images[:1], labels[:1], ARCHITECTURE, RECIPE, CPU, seed=0)
+
+
+def test_bf16_keeps_weights_and_statistics_in_fp32():
+    images, labels = images_and_labels(n=64)
+    device = Device(torch.device("cpu"), "bf16", False, "tests")
+    trainer = Trainer(images, labels, ARCHITECTURE, RECIPE, device, seed=0)
+    half = trainer.run_epoch()
+    assert {t.dtype for t in trainer.model.state_dict().values()} == {torch.float32, torch.int64}
+    full = Trainer(images, labels, ARCHITECTURE, RECIPE, CPU, seed=0).run_epoch()
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.05) and half["loss"] != full["loss"]
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same_mathematics():
+    images, labels = images_and_labels(n=40)
+    losses = []
+    for compiled in (False, True):
+        trainer = Trainer(images, labels, ARCHITECTURE, RECIPE, Device(torch.device("cpu"), "fp32", compiled, ""), seed=0)
+        losses.append(trainer.run_epoch()["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

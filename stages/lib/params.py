@@ -110,6 +110,7 @@ def read(path: Path) -> dict:
     for key in ("settings", "defenses"):
         if not isinstance(values.get(key), dict):
             raise UserError(f"{path}: expected a block `{key}:` with one entry per name, got {values.get(key)!r}")
+    _filter(values, path)  # told before the trainings, not after them
     return values
 
 
@@ -119,7 +120,9 @@ def setting(path: Path, name: str) -> Setting:
     if name not in settings:
         raise UserError(f"setting {name!r} is not in {path}{_did_you_mean(name, settings)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise UserError(f"{path}: {name!r} cannot name a setting; it names a folder: letters, digits, _ and - only (a dot ends a word in DVC)")
+        raise UserError(
+            f"{path}: {name!r} cannot name a setting; it names a folder: letters, digits, _ and - only (a dot ends a word in DVC)"
+        )
     found = _build(Setting, settings[name], f"{path}: settings.{name}")
     poison = found.poison
     if (poison.trigger.name == "none") != (poison.poison_fraction is None):
@@ -136,7 +139,11 @@ def setting(path: Path, name: str) -> Setting:
 
 def filter_(path: Path) -> Filter:
     """The block ``filter``."""
-    found = _build(Filter, read(path).get("filter", {}), f"{path}: filter")
+    return _filter(read(path), path)
+
+
+def _filter(values: dict, path: Path) -> Filter:
+    found = _build(Filter, values.get("filter", {}), f"{path}: filter")
     if isinstance(found.budget, str) and found.budget not in ("fraction", "auto"):
         raise UserError(f"{path}: filter.budget is {found.budget!r}; expected fraction, auto or a number of rows")
     if isinstance(found.budget, int) and found.budget < 0:
@@ -155,7 +162,7 @@ def defense_options(path: Path, name: str) -> dict:
     options = defenses[name]
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise UserError(f"{path}: defenses.{name} is {options!r}; expected its options, or {{}} for none")
-    return options
+    return {key: _exponent(value) for key, value in options.items()}
 
 
 def _build(cls, block, where: str):
@@ -181,9 +188,8 @@ def _value(hint, value, metadata, where: str):
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
-    # PyYAML reads 1e-5 (no dot) as a string, and so it arrives from `dvc exp run -S`.
-    if float in options and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        value = float(value)
+    if float in options:
+        value = _exponent(value)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     wrong = type(value) not in options
@@ -194,6 +200,13 @@ def _value(hint, value, metadata, where: str):
         wrong = value not in metadata["legal"]
     if wrong:
         raise UserError(f"{where} is {value!r}; expected {_expected(hint, metadata)}")
+    return value
+
+
+def _exponent(value):
+    """PyYAML reads 1e-5 (no dot) as a string, and so it arrives from `dvc exp run -S`."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
     return value
 
 

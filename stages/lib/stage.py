@@ -108,9 +108,14 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except MemoryError:
         sys.exit(f"{name}: out of memory; nothing was written")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        sys.exit(f"{name}: out of GPU memory ({str(error).splitlines()[0]}); nothing was written")
+        words = (str(error).strip() or type(error).__name__).splitlines()[
+            0
+        ]  # torch's errors, which is not imported here
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            sys.exit(f"{name}: out of memory ({words}); nothing was written")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+            sys.exit(f"{name}: compiling failed ({words}); set BACKDOOR_COMPILE=off; nothing was written")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

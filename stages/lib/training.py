@@ -76,6 +76,15 @@ def draws(n: int, recipe: Recipe, seed: int, attempt: int, epoch: int) -> Tensor
     return torch.cat([rows[None], offsets, flip])
 
 
+def split(choices: Tensor, batch_size: int) -> list[Tensor]:
+    """Batches of one epoch, the last one short. A last batch of a single row joins the one before it: batch
+    normalisation over one value is not defined."""
+    batches = list(choices.split(batch_size, dim=1))
+    if len(batches) > 1 and batches[-1].shape[1] == 1:
+        batches[-2:] = [torch.cat(batches[-2:], dim=1)]
+    return batches
+
+
 def crops(images: np.ndarray, padding: int, device: torch.device) -> Tensor:
     """All crops of all images as one uint8 view (N, 2p+1, 2p+1, H, W, C) of the zero-padded images on the device."""
     images = torch.from_numpy(images).to(device)
@@ -107,6 +116,11 @@ class Trainer:
     ):
         self.recipe, self.device, self.seed, self.attempt = recipe, device, seed, attempt
         self.n, self.n_classes = len(labels), architecture.n_classes
+        if min(self.n, recipe.batch_size) < 2:
+            raise UserError(
+                f"{self.n} rows in batches of {recipe.batch_size}: batch normalisation needs two rows at least; "
+                "raise train.batch_size, or keep more rows"
+            )
         target = device.device
         self.crops = crops(images, recipe.crop_padding, target)
         self.labels = torch.from_numpy(labels).to(target)
@@ -138,7 +152,9 @@ class Trainer:
         images = torch.where(flip.bool()[:, None, None, None], images.flip(2), images)
         labels = self.labels[rows]
         inputs = normalise(images, self.mean, self.std)
-        with torch.autocast(self.device.device.type, torch.bfloat16, enabled=self.device.precision == "bf16"):
+        with torch.autocast(
+            self.device.device.type, torch.bfloat16, self.device.precision == "bf16", cache_enabled=False
+        ):
             logits = (self.model if model is None else model)(inputs)
         logits = logits.to(inputs.dtype)  # the loss is taken in full precision
         loss = F.cross_entropy(logits, labels)
@@ -188,7 +204,7 @@ class Trainer:
             self.optimizer.param_groups[0]["lr"] = lr
         self.totals.zero_()
         batches = draws(self.n, self.recipe, self.seed, self.attempt, self.epoch).to(self.device.device)
-        for batch in batches.split(self.recipe.batch_size, dim=1):
+        for batch in split(batches, self.recipe.batch_size):
             (self.full_step if batch.shape[1] == self.recipe.batch_size else self._step)(batch)
         loss, correct = (self.totals / self.n).tolist()  # the epoch's one device-to-host synchronisation
         self.epoch += 1
@@ -200,7 +216,7 @@ class Trainer:
         last = self.history[-1]
         if not math.isfinite(last["loss"]):
             raise Collapse(f"loss {last['loss']} in epoch {self.epoch}")
-        if self.epoch == collapse_epoch(self.recipe.epochs):
+        if self.epoch in (collapse_epoch(self.recipe.epochs), max(self.recipe.epochs, 5)):
             floor = collapse_accuracy(self.labels.cpu().numpy(), self.n_classes)
             if last["accuracy"] < floor:
                 raise Collapse(f"training accuracy {last['accuracy']:.3f} under {floor:.3f} after epoch {self.epoch}")
@@ -210,7 +226,6 @@ class Trainer:
             "model": self.model.state_dict(),
             "momentum": [state["momentum_buffer"] for state in self.optimizer.state.values()],
             "epoch": self.epoch,
-            "attempt": self.attempt,
             "history": self.history,
         }
 
@@ -222,7 +237,10 @@ class Trainer:
 
 
 def collapse_epoch(epochs: int) -> int:
-    """After which epoch a training is judged: 10 % of them, but not before the fifth (short trainings start slowly)."""
+    """After which epoch a training is judged first: 10 % of them, but not before the fifth (short ones start slowly).
+
+    It is judged again after the last. A training of fewer than five epochs is a smoke test and is not judged.
+    """
     return max(math.ceil(epochs / 10), 5)
 
 

@@ -351,8 +351,11 @@ def test_data_sets(chunked, tmp_path):
         features = file.create_dataset("features", data=FEATURES.astype(np.float16))
         logits = file.create_dataset("logits", data=LOGITS)
         score(recorder, features=features, logits=logits, labels=file.create_dataset("labels", data=LABELS))
-        expected = h5py.Dataset if chunked else np.ndarray
-        assert all(type(x) is expected for x in (recorder.features, recorder.score_features, recorder.score_logits))
+        for given in (recorder.features, recorder.score_features, recorder.score_logits):
+            assert isinstance(given, np.ndarray) != chunked
+            assert len(given) == given.shape[0] and given.ndim == 2
+            # The file's name and attributes would tell the setting and the fraction.
+            assert not any(hasattr(given, name) for name in ("file", "attrs", "parent", "name"))
         np.testing.assert_array_equal(recorder.features[:], FEATURES)
         assert type(recorder.labels) is np.ndarray
 

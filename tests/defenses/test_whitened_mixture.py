@@ -1,0 +1,129 @@
+"""The whitened mixture on planted poison: shares, hidden class sizes, unknown fraction, several targets, odd shapes."""
+
+import time
+
+import numpy as np
+import pytest
+from dumps import Dump, planted, recall
+
+import defenses
+
+NAME = "whitened_mixture"
+
+
+def score(dump, poison_fraction="told", **options):
+    defense = defenses.load(NAME, **options)
+    fraction = dump.poison_fraction if poison_fraction == "told" else poison_fraction
+    return defenses.score(defense, dump.features, dump.logits, dump.labels, fraction, seed=0), defense
+
+
+def relabelled(share, n=3000, classes=10, **options):
+    """A planted dump in which the poison comes on top of the target class: all classes have as many clean rows."""
+    dump = planted(share=share, n=n, classes=classes, **options)
+    target = dump.labels[dump.poisoned][0]
+    n_clean = ((dump.labels == target) & ~dump.poisoned).sum()
+    rows = [np.flatnonzero(dump.labels == c)[: None if c == target else n_clean] for c in range(classes)]
+    return with_fraction(dump.take(np.concatenate(rows)))
+
+
+def with_fraction(dump):
+    return dump._replace(poison_fraction=dump.poisoned.mean())
+
+
+def two_targets():
+    first, second = planted(share=0.3, n=2000, classes=5, target=1), planted(share=0.2, n=2000, classes=5, target=1, seed=1)
+    labels = np.concatenate([first.labels, second.labels + 5])
+    features = np.zeros((4000, 48), np.float32)
+    features[:2000, :24], features[2000:, 24:] = first.features, second.features
+    features += np.random.default_rng(0).normal(size=features.shape).astype(np.float32) * 0.5
+    logits = np.zeros((4000, 10), np.float32)
+    logits[:2000, :5], logits[2000:, 5:] = first.logits, second.logits
+    poisoned = np.concatenate([first.poisoned, second.poisoned])
+    return Dump(features, logits, labels, poisoned.mean(), poisoned)
+
+
+@pytest.mark.parametrize("use_class_sizes", [True, False])
+@pytest.mark.parametrize("share", [0.33, 0.44, 0.83])
+@pytest.mark.parametrize("seed", range(2))
+def test_recall_at_budget(seed, share, use_class_sizes):
+    dump = relabelled(share, seed=seed, target=seed)
+    scores, defense = score(dump, use_class_sizes=use_class_sizes)
+    assert recall(dump, scores) >= 0.99
+    assert defense.suspected_classes_ == [seed]
+
+
+@pytest.mark.parametrize("share", [0.33, 0.44, 0.83])
+def test_it_decides_for_itself_on_poison(share):
+    dump = relabelled(share, target=2)
+    scores, defense = score(dump, None)
+    removed = np.argsort(-scores, kind="stable")[: defense.n_suspected_]
+    assert defense.suspected_classes_ == [2]
+    assert dump.poisoned[removed].sum() >= 0.97 * dump.poisoned.sum()
+    assert dump.poisoned[removed].mean() >= 0.97
+
+
+@pytest.mark.parametrize("use_class_sizes", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_suspects_nothing_on_clean_data(seed, use_class_sizes):
+    dump = planted(share=0, n=2000, classes=10, seed=seed)
+    _, defense = score(dump, None, use_class_sizes=use_class_sizes)
+    assert defense.n_suspected_ == 0
+    assert defense.suspected_classes_ == []
+
+
+@pytest.mark.parametrize("fraction", ["told", None])
+def test_two_targets(fraction):
+    dump = two_targets()
+    scores, defense = score(dump, fraction, use_class_sizes=False)
+    assert sorted(defense.suspected_classes_) == [1, 6]
+    assert recall(dump, scores) >= 0.99
+
+
+def test_few_poisoned_rows():
+    dump = with_fraction(planted(share=0.05, n=2000, classes=10))
+    assert dump.poisoned.sum() == 10  # 0.5 % of all rows
+    assert recall(dump, score(dump)[0]) == 1
+
+
+def test_dead_dimensions_change_nothing():
+    dump = relabelled(0.4)
+    wide = np.zeros((len(dump.labels), 96), np.float32)
+    wide[:, 3::4] = dump.features
+    assert recall(dump._replace(features=wide), score(dump._replace(features=wide))[0]) >= 0.99
+
+
+def test_more_dimensions_than_rows_of_a_class():
+    dump = relabelled(0.5, n=800, d=512)
+    assert (dump.labels == 1).sum() < 50
+    assert recall(dump, score(dump)[0]) >= 0.97
+
+
+def test_a_few_rows():
+    dump = relabelled(0.4, n=120, classes=5, d=16)
+    assert recall(dump, score(dump)[0]) >= 0.9
+    for n in (1, 2, 7, 20):
+        assert np.isfinite(score(dump.take(np.arange(n)))[0]).all()
+
+
+def test_the_order_of_the_rows_changes_no_bit():
+    dump = relabelled(0.4)
+    permutation = np.random.default_rng(0).permutation(len(dump.labels))
+    np.testing.assert_array_equal(score(dump.take(permutation))[0], score(dump)[0][permutation])
+
+
+def test_hidden_class_sizes_are_not_used():
+    assert defenses.relies_on(defenses.load(NAME)) == ("class_sizes",)
+    assert defenses.relies_on(defenses.load(NAME, use_class_sizes=False)) == ()
+
+
+@pytest.mark.parametrize("options", [{"use_class_sizes": 1}, {"threshold": "high"}, {"threshold": np.inf}, {"thresh": 1}])
+def test_it_refuses_options(options):
+    with pytest.raises(defenses.DefenseError, match="use_class_sizes=True"):
+        defenses.load(NAME, **options)
+
+
+def test_it_is_fast():
+    dump = relabelled(0.4, n=20000, d=128)
+    start = time.process_time()
+    assert recall(dump, score(dump)[0]) >= 0.99
+    assert time.process_time() - start < 20  # 3 s were measured on one core
