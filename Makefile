@@ -31,8 +31,9 @@ test-all: install ## All tests; set BACKDOOR_DATA_ROOT for those on real data
 lint: install ## Check the code with ruff
 	ruff check .
 
-bench: install ## Measure the training engine against a plain PyTorch loop
+bench: install ## Measure the training engine against a plain PyTorch loop, and the pipeline
 	python -m benchmarks.training
+	python -m benchmarks.pipeline
 
 clean: ## Remove .venv and scratch checkpoints; artifacts and DVC's cache stay
 	rm -rf $(VENV) .scratch
