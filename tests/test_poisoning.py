@@ -361,38 +361,20 @@ def test_no_padding_no_copy():
 # The stage
 
 
+def poison_words(write_params, made, folder, seed):
+    params = write_params(folder / "params.yaml", plain={})
+    words = ["--params", params, "--setting", "plain", "--seed", seed]
+    return [*words, "--data", made["plain"][0], "--out", folder / "p.h5"]
+
+
 def test_poison_prints_the_share_of_the_target_class(made, command, write_params, tmp_path):
-    path = write_params(tmp_path / "params.yaml", plain={})
-    words = [
-        "--params",
-        path,
-        "--setting",
-        "plain",
-        "--seed",
-        3,
-        "--data",
-        made["plain"][0],
-        "--out",
-        tmp_path / "p.h5",
-    ]
+    words = poison_words(write_params, made, tmp_path, seed=3)
     assert command("poison", *words).out == "badnets: 20 of 200 rows poisoned, 50% of class 2\n"
     assert (tmp_path / "p.h5").read_bytes() == made["plain"][1].read_bytes()
 
 
 def test_another_seed_chooses_other_rows(made, command, write_params, tmp_path):
-    path = write_params(tmp_path / "params.yaml", plain={})
-    words = [
-        "--params",
-        path,
-        "--setting",
-        "plain",
-        "--seed",
-        4,
-        "--data",
-        made["plain"][0],
-        "--out",
-        tmp_path / "p.h5",
-    ]
+    words = poison_words(write_params, made, tmp_path, seed=4)
     assert command("poison", *words).status == 0
     assert set(read_index(tmp_path / "p.h5").rows) != set(read_index(made["plain"][1]).rows)
 
