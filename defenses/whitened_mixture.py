@@ -46,7 +46,7 @@ _WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
 _SHARE_ERROR = 0.2  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _UNSHARED = 2.0  # cost of a half that holds fewer rows than are poisoned: then there are other targets
-_MISSING = 0.15  # of the known number of rows: with so few left to explain, a doubtful class is not suspected
+_MISSING = 0.15  # of the known number of rows: with so few left to explain, no further class is suspected
 _CLOSE = 3.0  # hypotheses about a class whose evidence differs by less are both possible
 _NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the average
 # Smallest scale of each of the statistics of a half (see `_statistics`), for victims with few or very similar classes.
@@ -170,8 +170,9 @@ class BackdoorDefense:
         suspected, explained = [], 0
         for c, evidence, size in ranked:
             missing = self.n_poisoned_ - explained
-            fits = missing > _MISSING * self.n_poisoned_ and size <= missing + _MISSING * self.n_poisoned_
-            if not suspected or evidence > self.threshold or (fits and evidence > self.threshold / 2):
+            unexplained = missing > _MISSING * self.n_poisoned_
+            fits = size <= missing + _MISSING * self.n_poisoned_
+            if not suspected or (unexplained and evidence > self.threshold / (2 if fits else 1)):
                 suspected.append(c)
                 explained += size
         return suspected

@@ -83,6 +83,14 @@ def test_two_targets(fraction):
     assert recall(dump, scores) >= 0.99
 
 
+def test_a_class_that_explains_the_known_number_stands_alone():
+    dump = two_targets()
+    weaker = dump.poisoned & (dump.labels == 6)
+    scores, defense = score(dump, weaker.mean(), use_class_sizes=False)
+    assert defense.suspected_classes_ == [6]
+    assert weaker[np.argsort(-scores, kind="stable")[: weaker.sum()]].mean() >= 0.99
+
+
 def test_few_poisoned_rows():
     dump = with_fraction(planted(share=0.05, n=2000, classes=10))
     assert dump.poisoned.sum() == 10  # 0.5 % of all rows
