@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib import runtime
+from stages.lib import device, runtime
 
 
 @pytest.fixture(autouse=True)
@@ -125,3 +125,22 @@ def test_wrong_file(folder, refuses, content, words):
     (folder / "runtime.yaml").write_bytes(content)
     with refuses(folder / "runtime.yaml", *words):
         runtime.load()
+
+
+@pytest.mark.parametrize("named, there, lacking", [
+    (None, "gcc", None), (None, "clang", None), (None, None, "no C compiler"),
+    ("gcc-14", "gcc-14", None), ("gcc-14", "gcc", "no C compiler found (gcc-14)"),
+])  # fmt: skip
+def test_a_gpu_compiles_only_with_a_compiler(monkeypatch, named, there, lacking):
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if name == there else None)
+    monkeypatch.delenv("CC", raising=False)
+    if named:
+        monkeypatch.setenv("CC", named)
+    found = device.what_compiling_lacks()
+    assert found is None if lacking is None else found.startswith(lacking)
+
+
+def test_a_gpu_compiles_only_with_triton(monkeypatch):
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    assert device.what_compiling_lacks() == "triton is not installed"

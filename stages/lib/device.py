@@ -1,8 +1,10 @@
 """The one place that decides on device, precision, compilation and threads, and says why."""
 
 import ctypes
+import importlib.util
 import os
 import platform
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +64,9 @@ def decide(runtime: Runtime) -> Device:
     if runtime.compile == "auto":
         # Eager with kept memory (below) is as fast on ResNet-20 and 1.2 times faster on MobileNetV2 than Inductor's code
         # for two cores, and spares its minute of compiling: benchmarks/README.md.
-        compile_ = device.type == "cuda"
-        why.append("compiled" if compile_ else "not compiled, which does not pay on a CPU")
+        lacking = what_compiling_lacks() if device.type == "cuda" else "it does not pay on a CPU"
+        compile_ = lacking is None
+        why.append("compiled" if compile_ else f"not compiled: {lacking}")
     else:
         compile_ = runtime.compile == "on"
         why.append("compiled as asked" if compile_ else "not compiled as asked")
@@ -76,6 +79,16 @@ def decide(runtime: Runtime) -> Device:
             torch.set_num_threads(available_cores())
         keep_freed_memory()
     return Device(device, precision, compile_, "; ".join(why))
+
+
+def what_compiling_lacks() -> str | None:
+    """Why Inductor could not build kernels for a GPU here, or None: container images often have no C compiler."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"no C compiler found ({', '.join(compilers)})"
+    return None
 
 
 def keep_freed_memory() -> None:
