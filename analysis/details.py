@@ -3,7 +3,7 @@
 from analysis.leaderboards import any_cell, ranked
 from analysis.results import Results
 from analysis.statistics import summary
-from analysis.tables import DASH, TIMES, Row, Table, Value, budget, count, figure, flat, words
+from analysis.tables import DASH, TIMES, Row, Table, Value, budget, count, figure, flat, number, words
 
 MOST_CLASSES = 12  # columns of the table per class
 
@@ -41,6 +41,21 @@ def filtering(results: Results, setting: str) -> Table:
         "share been removed. Counts are means over the seeds."
     )
     return Table("What is removed", columns, rows, note, 3)
+
+
+def cliff(results: Results, setting: str) -> Table | None:
+    """What is left of the attack when so much poison is left in; None where it was not measured."""
+    rows = []
+    for (name, seed), found in sorted(results.cliffs.items()):
+        if name == setting:
+            for point in sorted(found["points"], key=lambda point: point["poison_left"]):
+                shares = (1 - point["share_left"], point["asr"], point["clean_acc"])
+                rows.append(
+                    Row([Value(str(seed)), Value(f"{point['poison_left']:,}"), *(Value(number(x)) for x in shares)])
+                )
+    columns = ["seed", "poisoned rows left in", "poison recall", "ASR", "clean accuracy"]
+    note = "Retrained on the oracle filter's rows with so many poisoned ones put back."
+    return Table("The cliff", columns, rows, note, 1) if rows else None
 
 
 def target_class(results: Results, setting: str) -> Table | None:

@@ -123,6 +123,8 @@ def section(results: Results, painter: Painter, setting: str, anchor: str) -> st
         parts.append(folded(found))
     big = [found for draw in (painter.recall, painter.cliff, painter.training) if (found := draw(setting))]
     parts.append(f'<h3>Curves</h3>{legend(_merged(big))}<div class="plots">{"".join(map(figure, big))}</div>')
+    if found := details.cliff(results, setting):
+        parts.append(folded(found))
     scores = "".join(map(figure, painter.histograms(setting)))
     shown = [("clean", "clean"), ("poison", "poisoned")] if poisoned else [("clean", "clean")]
     parts.append(f'<h3>Scores</h3>{legend(shown)}<div class="plots small">{scores}</div>')

@@ -38,7 +38,7 @@ def all_tables(found: Results) -> str:
                 details.filtering,
                 details.by_class,
             ),
-            *(details.target_class, details.resources, details.conditions),
+            *(details.cliff, details.target_class, details.resources, details.conditions),
         ):
             add(make(found, setting))
     add(details.ledger(found), "##")
@@ -57,6 +57,8 @@ def readme_tables(found: Results) -> str:
         seeds = ", ".join(map(str, found.seeds(setting)))
         about = f"{page.describe(found, setting)} Seeds: {seeds}. Device: {devices}. Commit: {commits}."
         parts.append(f"{tables.code(setting)}: {tables.escaped(about)}\n\n{tables.markdown(table)}")
+        if cliff := details.cliff(found, setting):
+            parts.append(f"The cliff of {tables.code(setting)}:\n\n{tables.markdown(cliff)}")
     parts.append(
         "Mean \u00b1 standard deviation over n seeds with the 95 % interval; *gap* is what is lost to the oracle filter, which "
         "removes all the poison and nothing else; *relies on* is what the defense is told or assumes. Written by `python "

@@ -125,6 +125,16 @@ def test_removed_ledger_published_and_problems_are_shown(folder):
     assert rows[2][0] == "one" and rows[2][4:6] == ["5", "0.250"], "a clean run: rows removed"
 
 
+def test_the_cliff_is_a_table(folder):
+    found = results.read(folder)
+    rows = Tables(page.page(found)).table("poisoned rows left in")
+    assert rows[1:] == [
+        ["1", "0", "1.000", "0.000", "0.900"], ["1", "2", "0.600", "0.400", "0.900"], ["1", "5", "0.000", "1.000", "0.900"]
+    ]  # fmt: skip
+    assert tables.markdown(details.cliff(found, "alpha")) in report.readme_tables(found)
+    assert details.cliff(found, "beta") is None
+
+
 def test_markdown_holds_the_same_tables(folder):
     found = results.read(folder)
     text = report.all_tables(found)
