@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import defenses
-from analysis import kept_copy, report_page, suspects
+from analysis import audit_page, kept_copy, suspects
 from analysis.feature_dump import Dump, open_dump
 from analysis.pictures import FromDataset, FromFolder, averages, typical_rows
 from stages import filter as filter_stage
@@ -109,7 +109,7 @@ def notes_on(labels: np.ndarray, verdict: Verdict, by_hand: bool) -> list[str]:
     return notes
 
 
-def section(label: int, classes, names, predicted, verdict: Verdict, dump: Dump, source) -> report_page.Section:
+def section(label: int, classes, names, predicted, verdict: Verdict, dump: Dump, source) -> audit_page.Section:
     """One class of the page: its suspects (or, if it has none, its highest ranked rows) beside typical ones."""
     ranks = suspects.order(verdict.scores)
     rank_of = np.empty(len(ranks), np.int64)
@@ -125,15 +125,15 @@ def section(label: int, classes, names, predicted, verdict: Verdict, dump: Dump,
     )
     images = source.get(np.concatenate([odd[:AVERAGED], typical])) if source else {}
 
-    def card(row: int, *lines: str) -> report_page.Card:
-        return report_page.Card(names[row], list(lines), images.get(int(row)))
+    def card(row: int, *lines: str) -> audit_page.Card:
+        return audit_page.Card(names[row], list(lines), images.get(int(row)))
 
     def words(row: int) -> list[str]:
         seen = [] if predicted[row] == label else [f"seen as {classes[predicted[row]]}"]
         return [f"#{rank_of[row]:,} · {verdict.scores[row]:.3g}", *seen]
 
     both = [[images[int(row)] for row in some if int(row) in images] for some in (odd[:AVERAGED], typical)]
-    return report_page.Section(
+    return audit_page.Section(
         classes[label],
         verdict.scores[rows],
         gone,
@@ -177,7 +177,7 @@ def main(args) -> None:
         classes = classes or [str(label) for label in range(dump.logits.shape[1])]
         verdict, predicted = judge(dump, args), predictions(dump.logits)
         by_hand = args.budget != AUTO
-        if not by_hand and (predicted == labels).mean() < report_page.WELL_FITTED:
+        if not by_hand and (predicted == labels).mean() < audit_page.WELL_FITTED:
             verdict.decided, verdict.removed[:] = False, False
         of_label = np.array(classes, object)
         suspects.write_csv(
@@ -191,12 +191,12 @@ def main(args) -> None:
             {"n": len(labels), "index": dump.index},
         )
         summary = summary_of(args.defense, verdict, labels, predicted, classes, by_hand)
-        page = report_page.Page(summary, notes_on(labels, verdict, by_hand), skipped)
+        page = audit_page.Page(summary, notes_on(labels, verdict, by_hand), skipped)
         for label in shown_classes(verdict, labels, by_hand):
             page.sections.append(section(label, classes, names, predicted, verdict, dump, pictures))
         temporary[outputs[3]].write_text(page.html(), encoding="utf-8")
         temporary[outputs[4]].write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(report_page.verdict_line(summary))
+    print(audit_page.verdict_line(summary))
     for note in page.notes:
         print(note)
     print(f"lists and pictures in {args.out} (report.html)")

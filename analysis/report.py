@@ -9,7 +9,7 @@ Stage of the second pipeline, analysis/dvc.yaml. Files that cannot be used are l
 
 from pathlib import Path
 
-from analysis import details, leaderboards, page, results, tables
+from analysis import details, leaderboards, report_html, results, tables
 from analysis.results import Results
 from stages.lib import stage
 from stages.lib.errors import UserError
@@ -19,7 +19,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 def all_tables(found: Results) -> str:
     """report.md: every table of the page."""
-    parts = ["# Backdoor defenses, measured", page.facts(found)]
+    parts = ["# Backdoor defenses, measured", report_html.facts(found)]
 
     def add(table, level: str = "###") -> None:
         if table is not None:
@@ -29,7 +29,7 @@ def all_tables(found: Results) -> str:
     add(leaderboards.overview(found), "##")
     add(leaderboards.public_table(), "##")
     for setting in found.settings():
-        parts.append(f"## {tables.code(setting)}\n\n{tables.escaped(page.describe(found, setting))}")
+        parts.append(f"## {tables.code(setting)}\n\n{tables.escaped(report_html.describe(found, setting))}")
         for make in (
             *(
                 leaderboards.leaderboard,
@@ -55,7 +55,7 @@ def readme_tables(found: Results) -> str:
         devices = ", ".join(sorted({f"{run['device']} ({run['precision']}, torch {run['torch']})" for run in runs}))
         commits = ", ".join(sorted({one.get("commit") or "not recorded" for one in cells}))
         seeds = ", ".join(map(str, found.seeds(setting)))
-        about = f"{page.describe(found, setting)} Seeds: {seeds}. Device: {devices}. Commit: {commits}."
+        about = f"{report_html.describe(found, setting)} Seeds: {seeds}. Device: {devices}. Commit: {commits}."
         parts.append(f"{tables.code(setting)}: {tables.escaped(about)}\n\n{tables.markdown(table)}")
         if cliff := details.cliff(found, setting):
             parts.append(f"The cliff of {tables.code(setting)}:\n\n{tables.markdown(cliff)}")
@@ -80,7 +80,7 @@ def main(args) -> None:
     found = results.read(args.results)
     if not (args.html or args.markdown or args.readme):
         raise UserError("nothing to write; give --html, --markdown or --readme")
-    files = {args.html: page.page, args.markdown: all_tables}
+    files = {args.html: report_html.page, args.markdown: all_tables}
     made = {path: make(found) for path, make in files.items() if path}
     if args.readme:
         try:
@@ -90,7 +90,7 @@ def main(args) -> None:
     with stage.Outputs(list(made), []) as temporary:
         for path, text in made.items():
             temporary[path].write_bytes(text.encode("utf-8", "replace"))
-    print(f"{page.facts(found)} Written: {', '.join(map(str, made))}")
+    print(f"{report_html.facts(found)} Written: {', '.join(map(str, made))}")
 
 
 if __name__ == "__main__":

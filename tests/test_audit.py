@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import defenses
-from analysis import kept_copy, pictures, report_page, suspects
+from analysis import audit_page, kept_copy, pictures, suspects
 from stages.lib import storage
 from stages.lib.errors import UserError
 
@@ -297,8 +297,8 @@ def test_the_page_of_a_class_with_equal_scores_or_one_row():
         "decided_by": "defense",
         "suspected": [],
     }
-    section = report_page.Section("c", np.zeros(1), np.zeros(1, bool), [report_page.Card("n", ["#1"], None)], [])
-    page = report_page.Page(summary, [], ["a: <b>"], [section]).html()
+    section = audit_page.Section("c", np.zeros(1), np.zeros(1, bool), [audit_page.Card("n", ["#1"], None)], [])
+    page = audit_page.Page(summary, [], ["a: <b>"], [section]).html()
     assert "no picture" in page and "a: &lt;b&gt;" in page and "nan" not in page
 
 

@@ -15,7 +15,7 @@ from made_results import cell, cliff, write
 from scipy import stats
 from test_dvc_yaml import closure
 
-from analysis import charts, details, leaderboards, page, report, results, tables
+from analysis import charts, details, leaderboards, report, report_html, results, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -80,7 +80,7 @@ def minus(text: str) -> str:
 def test_the_leaderboard_holds_the_figures_of_the_files(folder):
     """Mean, deviation and interval by other means than the report's."""
     found = results.read(folder)
-    rows = Tables(page.page(found)).table("defense score", "poison recall", "gap")
+    rows = Tables(report_html.page(found)).table("defense score", "poison recall", "gap")
     place = {name: number for number, name in enumerate(rows[0])}
     by_name = {row[0]: row for row in rows[1:]}
     assert list(by_name) == ["oracle filter", "one", "two", "undefended"]
@@ -100,7 +100,7 @@ def test_the_leaderboard_holds_the_figures_of_the_files(folder):
 
 def test_paired_differences_pair_the_seeds(folder):
     (folder / "alpha/two/seed3.json").unlink()
-    rows = Tables(page.page(results.read(folder))).table("one minus")
+    rows = Tables(report_html.page(results.read(folder))).table("one minus")
     values = np.array([0.91 - 0.5, 0.93 - 0.7])
     low, high = stats.t.interval(0.95, 1, values.mean(), stats.sem(values))
     assert rows[1][0] == "two" and rows[1][2] == "2"
@@ -110,7 +110,7 @@ def test_paired_differences_pair_the_seeds(folder):
 
 
 def test_removed_ledger_published_and_problems_are_shown(folder):
-    found = Tables(page.page(results.read(folder)))
+    found = Tables(report_html.page(results.read(folder)))
     rows = found.table("cat (12 rows, 5 poisoned)")
     assert rows[1][2:] == ["0 + 4", "1"]
     assert found.table("rows removed", "precision")[1][4:9] == ["5", "1", "4", "0.800 ± 0.000", "0.800 ± 0.000"]
@@ -127,7 +127,7 @@ def test_removed_ledger_published_and_problems_are_shown(folder):
 
 def test_the_cliff_is_a_table(folder):
     found = results.read(folder)
-    rows = Tables(page.page(found)).table("poisoned rows left in")
+    rows = Tables(report_html.page(found)).table("poisoned rows left in")
     assert rows[1:] == [
         ["1", "0", "1.000", "0.000", "0.900"], ["1", "2", "0.600", "0.400", "0.900"], ["1", "5", "0.000", "1.000", "0.900"]
     ]  # fmt: skip
@@ -146,13 +146,13 @@ def test_markdown_holds_the_same_tables(folder):
 
 
 def test_names_are_escaped(folder):
-    text = page.page(results.read(folder))
+    text = report_html.page(results.read(folder))
     assert "alert(" in text and NAME not in text
     assert text.count("<script>") == 1 and text.count("</svg>") == text.count("<svg")
 
 
 def test_the_page_asks_for_nothing(folder):
-    text = page.page(results.read(folder))
+    text = report_html.page(results.read(folder))
     assert "default-src 'none'" in text
     assert not re.search(r"https?://|@import|url\(|\ssrc=|<iframe|<object|<embed", text)
     assert set(re.findall(r'href="([^"]*)"', text)) <= {"data:,", "#ledger", *(f"#s{n}" for n in range(9))}
@@ -160,7 +160,7 @@ def test_the_page_asks_for_nothing(folder):
 
 def test_nothing_at_all_is_a_page_too(tmp_path):
     found = results.read(tmp_path / "none")
-    assert "0 cells" in page.page(found) and "0 cells" in report.all_tables(found)
+    assert "0 cells" in report_html.page(found) and "0 cells" in report.all_tables(found)
 
 
 def test_the_readme_is_what_the_results_say():
@@ -211,7 +211,7 @@ def test_deps_of_the_report_are_its_import_closure():
     stage = SECOND["report"]
     listed = {dep for dep in stage["deps"] if dep.endswith(".py")}
     assert listed == closure("analysis/report.py") - {"analysis/__init__.py"}
-    assert stage["wdir"] == ".." and {"results", "analysis/page.css"} <= set(stage["deps"])
+    assert stage["wdir"] == ".." and {"results", "analysis/report.css"} <= set(stage["deps"])
 
 
 def test_only_the_target_runs_the_report(tmp_path):
@@ -272,10 +272,10 @@ def browse(path: Path, folder: Path) -> tuple[str, list[str], set[str]]:
 def test_in_a_real_browser(folder, tmp_path):
     path = tmp_path / "index.html"
     found = results.read(folder)
-    path.write_text(page.page(found))
+    path.write_text(report_html.page(found))
     held, console, asked = browse(path, tmp_path)
     assert console == [] and asked == set()
-    assert Tables(held).tables == Tables(page.page(found)).tables and len(Tables(held).tables) > 20
+    assert Tables(held).tables == Tables(report_html.page(found)).tables and len(Tables(held).tables) > 20
     assert re.search(r'<button id="theme" type="button">(Dark|Light)</button>', held), "the page's one script has run"
 
     path.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("oops")</script>')

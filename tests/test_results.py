@@ -9,7 +9,7 @@ import pytest
 from made_results import cell, cliff, write
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from analysis import details, page, report, results, tables
+from analysis import details, report, report_html, results, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +134,7 @@ def test_whatever_is_wrong_anywhere_the_report_is_drawn(tmp_path, wrong):
         found = results.read(tmp_path)
         assert found.problems or found.cells
         told += bool(found.problems)
-        assert page.page(found) and report.all_tables(found)
+        assert report_html.page(found) and report.all_tables(found)
     assert told > 30, "most replacements are mistakes"
 
 
@@ -153,7 +153,9 @@ def test_no_surrogate_or_strange_name_breaks_the_files(tmp_path):
     write(tmp_path, content)
     found = results.read(tmp_path)
     assert found.problems == []
-    assert page.page(found).encode("utf-8", "replace") and "\\|" in tables.markdown(details.by_class(found, "alpha"))
+    assert report_html.page(found).encode("utf-8", "replace") and "\\|" in tables.markdown(
+        details.by_class(found, "alpha")
+    )
 
 
 DUMPS = sorted((ROOT / "results").rglob("*.npz"))

@@ -45,7 +45,7 @@ def stylesheet() -> str:
     series = "\n".join(
         f".line.s{n} {{ stroke: var(--s{n}); }} .point.s{n} {{ fill: var(--s{n}); }}" for n in range(charts.COLOURS)
     )
-    text = Path(__file__).with_name("page.css").read_text()
+    text = Path(__file__).with_name("report.css").read_text()
     return text.replace("\nDARK\n", f"\n{dark}\n").replace("\nCOLOURS\n", f"\n{series}\n")
 
 
