@@ -22,10 +22,11 @@ install: $(INSTALLED) ## Make .venv with the pinned dependencies
 repro: install ## Run the pipeline: dvc repro
 	dvc repro
 
-# The path is quoted for the parser of -S, to which commas and brackets mean something.
+# The path is quoted for the parser of -S, to which commas, brackets and apostrophes mean something.
 audit: install ## Audit your own images: make audit DATA=folder [DEFENSE=name] [BUDGET=rows] [RETRAIN=1]
-	@test -e "$(DATA)" || { echo "make audit: DATA=$(DATA) is not there; give a folder, or an .npz file: make audit DATA=folder"; exit 1; }
-	dvc exp run -S settings.own.data.path="'$$(realpath -- "$(DATA)")'" -S settings.own.data.source=$(if $(filter %.npz,$(DATA)),npz,folder) \
+	@test -e "$$DATA" || { echo "make audit: DATA=$$DATA is not there; give a folder, or an .npz file: make audit DATA=folder"; exit 1; }
+	case "$$DATA" in *.npz) source=npz;; *) source=folder;; esac; \
+	  dvc exp run -S settings.own.data.path="'$$(realpath -- "$$DATA" | sed "s/'/\\\\'/g")'" -S settings.own.data.source=$$source \
 	  -S audit.budget=$(or $(BUDGET),auto) $(if $(DEFENSE),-S defense=$(DEFENSE)) analysis/dvc.yaml:$(if $(RETRAIN),audit_retrain,audit)
 
 report: install ## Draw results/ as one page: artifacts/report/index.html

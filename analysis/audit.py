@@ -31,6 +31,7 @@ SHOWN_CLASSES, SHOWN_SUSPECTS, SHOWN_TYPICAL, AVERAGED = 6, 48, 24, 200
 # Upper over lower quartile of the class sizes, beyond which they mislead a defense that relies on them. Quartiles, since a
 # single large class is what poison makes.
 UNEQUAL = 1.5
+FEW_CLASSES = 5  # fewer, and there is little to tell what halves of ordinary classes look like (defenses/README.md)
 
 
 @dataclass
@@ -103,6 +104,11 @@ def notes_on(labels: np.ndarray, verdict: Verdict, by_hand: bool) -> list[str]:
         )
     if verdict.n_suspected is None and not by_hand:
         notes.append("This defense ranks rows and does not decide how many are poisoned: give a budget by hand.")
+    if len(sizes) < FEW_CLASSES and not by_hand:
+        notes.append(
+            f"There are {len(sizes)} classes to compare with one another, fewer than {FEW_CLASSES}: judge by the pictures, and "
+            "not by the verdict alone."
+        )
     small = int((sizes < 8).sum())
     if small:
         notes.append(f"{small} classes have fewer than 8 rows: too few to tell two kinds of images apart.")
@@ -192,6 +198,10 @@ def main(args) -> None:
         )
         summary = summary_of(args.defense, verdict, labels, predicted, classes, by_hand)
         page = audit_page.Page(summary, notes_on(labels, verdict, by_hand), skipped)
+        if args.data is not None and pictures.n_held_out:
+            page.notes.append(
+                f"{pictures.n_held_out:,} images were held out as test images: not scored, and not among the kept files."
+            )
         for label in shown_classes(verdict, labels, by_hand):
             page.sections.append(section(label, classes, names, predicted, verdict, dump, pictures))
         temporary[outputs[3]].write_text(page.html(), encoding="utf-8")

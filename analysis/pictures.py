@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,10 @@ class FromDataset:
             self.class_names = [str(name) for name in json.loads(file.attrs["class_names"])]
             self.names = _texts(file["train/files"]) if "train/files" in file else None
             self.skipped = _texts(file["skipped"]) if "skipped" in file else []
+            others = _texts(file["test/files"]) if "test/files" in file else []
+        # Held out of the training images, or from a split of their own: the names tell, train/… and train_images[…].
+        from_training = bool({_split(name) for name in others} & {_split(name) for name in self.names or []})
+        self.n_held_out = len(others) if from_training else 0
 
     def get(self, rows: np.ndarray) -> dict[int, np.ndarray]:
         with storage.open_(self.path, "dataset") as file:
@@ -52,6 +57,10 @@ class FromFolder:
             except (image_folder.Unreadable, OSError):
                 continue
         return found
+
+
+def _split(name: str) -> str:
+    return re.split(r"[/\[]", name, maxsplit=1)[0]
 
 
 def _texts(values) -> list[str]:

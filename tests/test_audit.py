@@ -5,6 +5,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from PIL import Image
 
 import defenses
 from analysis import audit_page, kept_copy, pictures, suspects
-from stages.lib import storage
+from stages.lib import own_data, params, storage
 from stages.lib.errors import UserError
 
 N, CLASSES, WIDTH, TARGET, POISON = 1500, 6, 16, 2, 120
@@ -153,6 +155,39 @@ def test_unequal_classes_are_pointed_out(audit, tmp_path):
     path = save(tmp_path / "features.npz", {name: value[rows] for name, value in arrays.items()})
     assert "look again with its option use_class_sizes=false" in audit(path).out
     assert "use_class_sizes" not in audit(path, "--option", "use_class_sizes=false").out
+
+
+def test_few_classes_are_pointed_out(audit, tmp_path):
+    arrays, _ = dump(poisoned=False)
+    path = save(tmp_path / "six.npz", arrays)
+    assert "judge by the pictures" not in audit(path).out
+    few = {name: value[arrays["labels"] < 3] for name, value in arrays.items()}
+    path = save(tmp_path / "three.npz", few | {"logits": few["logits"][:, :3]})
+    assert "There are 3 classes to compare with one another" in audit(path).out
+    assert "judge by the pictures" in (tmp_path / "out/report.html").read_text()
+    assert "judge by the pictures" not in audit(path, "--budget", 5).out
+
+
+@pytest.mark.parametrize(
+    ("splits", "fraction", "held_out"),
+    [(["train"], 0.25, 6), (["train"], None, 0), (["train", "test"], 0.25, 0), ([""], 0.25, 6)],
+)
+def test_held_out_images_are_not_among_the_kept(audit, tmp_path, splits, fraction, held_out):
+    """They are not judged, so that a cleaned copy is without them: said, or nobody would know."""
+    for split in splits:
+        for name in ("ant", "bee"):
+            (tmp_path / "own" / split / name).mkdir(parents=True)
+            for i in range(12):
+                Image.new("RGB", (9, 9), (i, len(split), len(name))).save(tmp_path / "own" / split / name / f"{i}.png")
+    spec = params.Data("folder", path=str(tmp_path / "own"), image_size=32, test_fraction=fraction)
+    own_data.write(spec, tmp_path / "own", tmp_path / "data.h5")
+    source = pictures.FromDataset(tmp_path / "data.h5")
+    n = len(source.labels)
+    made = {"features": np.random.default_rng(0).normal(size=(n, 4)), "logits": np.eye(2)[source.labels]}
+    ended = audit(save(tmp_path / "features.npz", made | {"labels": source.labels}), "--data", tmp_path / "data.h5")
+    assert ended.status == 0, ended.err
+    assert f"{held_out} images were held out as test images" in ended.out if held_out else "held out" not in ended.out
+    assert len((tmp_path / "out/kept.txt").read_text().splitlines()) == n == 24 - held_out
 
 
 # The lists
@@ -407,6 +442,21 @@ def test_from_python():
     classes, number = names["suspected"]
     assert classes == [TARGET] and abs(number - POISON) <= 0.05 * POISON
     assert poison[np.argsort(-names["scores"])[:POISON]].mean() > 0.95
+
+
+def test_from_a_notebook_elsewhere(tmp_path):
+    """As the README says: the checkout on the path is all; neither its folder nor torch, DVC or an installation."""
+    arrays, _ = dump()
+    np.savez(tmp_path / "mine.npz", **arrays)
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import numpy as np\n"
+        "with np.load('mine.npz') as file:\n    features, logits, labels = (file[k] for k in ('features', 'logits', 'labels'))\n"
+        f"{snippet_of_the_readme('from defenses import load')}\n"
+        "print(suspected[0], sorted({'torch', 'dvc'} & set(sys.modules)))\n"
+    )
+    ended = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.stdout == f"[{TARGET}] []\n", ended.stderr
 
 
 def test_features_from_any_module(audit, tmp_path, monkeypatch):

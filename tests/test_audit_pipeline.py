@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 from PIL import Image
 from test_dvc_yaml import closure, plain_deps
 from test_pipeline import Clone
@@ -56,7 +57,7 @@ def test_no_truth_is_asked_for_on_this_path():
 def clone(tmp_path_factory):
     """A checkout whose setting `own` is one epoch on a folder of 3 x 12 images, in a place with an awkward name."""
     folder = tmp_path_factory.mktemp("clone")
-    made, images = Clone(folder), tmp_path_factory.mktemp("data") / "my images, [1]"
+    made, images = Clone(folder), tmp_path_factory.mktemp("data") / "my images, [1], été"
     generator = np.random.default_rng(0)
     for split, n in (("train", 12), ("test", 2)):
         for name in ("ant", "bee", "fox"):
@@ -109,8 +110,10 @@ def test_make_says_what_is_missing():
     assert ended.returncode != 0 and "DATA=/no such folder is not there" in ended.stdout + ended.stderr
 
 
-def test_make_quotes_the_path(tmp_path):
-    folder = tmp_path / "my images, [1]"
+@pytest.mark.parametrize("name", ["my images, [1]", "l'été: a=b {c} (d) #e", "日本 50 % 'x' \"y\""])
+def test_make_quotes_the_path(tmp_path, name):
+    """What arrives is read as `dvc exp run -S` reads it."""
+    folder = tmp_path / name
     folder.mkdir()
     (tmp_path / "dvc").write_text(f'#!{sys.executable}\nimport sys\nprint("\\n".join(sys.argv[1:]))\n')
     (tmp_path / "dvc").chmod(0o755)
@@ -119,7 +122,11 @@ def test_make_quotes_the_path(tmp_path):
          f"PATH={tmp_path}:/usr/bin:/bin"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert ended.stdout.splitlines() == [
-        "exp", "run", "-S", f"settings.own.data.path='{folder}'", "-S", "settings.own.data.source=folder",
-        "-S", "audit.budget=7", "analysis/dvc.yaml:audit",
+    words = ended.stdout.splitlines()
+    assert words[:3] == ["exp", "run", "-S"] and words[4:] == [
+        "-S", "settings.own.data.source=folder", "-S", "audit.budget=7", "analysis/dvc.yaml:audit",
     ], ended.stderr  # fmt: skip
+    (tmp_path / "params.yaml").write_text("settings: {own: {data: {path: x}}}")
+    apply_overrides(tmp_path / "params.yaml", [words[3]])
+    found = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    assert found["settings"]["own"]["data"]["path"] == str(folder)
