@@ -31,6 +31,10 @@ SHOWN_CLASSES, SHOWN_SUSPECTS, SHOWN_TYPICAL, AVERAGED = 6, 48, 24, 200
 # Upper over lower quartile of the class sizes, beyond which they mislead a defense that relies on them. Quartiles, since a
 # single large class is what poison makes.
 UNEQUAL = 1.5
+WITHOUT_SIZES = (
+    "without their sizes (--defense whitened_mixture --option use_class_sizes=false; with DVC: "
+    "-S +defenses.whitened_mixture.use_class_sizes=false)"
+)
 FEW_CLASSES = 5  # fewer, and there is little to tell what halves of ordinary classes look like (defenses/README.md)
 
 
@@ -91,17 +95,25 @@ def shown_classes(verdict: Verdict, labels: np.ndarray, by_hand: bool) -> list[i
     return (classes or [int(labels[suspects.order(verdict.scores)[0]])])[:SHOWN_CLASSES]
 
 
-def notes_on(labels: np.ndarray, verdict: Verdict, by_hand: bool) -> list[str]:
+def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: bool) -> list[str]:
     """What a reader must know to trust the result or not."""
     notes = []
     sizes = np.bincount(labels)
-    sizes = sizes[sizes > 0]
+    of_label, sizes = sizes, sizes[sizes > 0]
     low, high = np.percentile(sizes, [25, 75])
     if "class_sizes" in verdict.relies_on and high > UNEQUAL * low:
         notes.append(
             f"The classes have {sizes.min():,} to {sizes.max():,} rows, and this defense takes clean classes for about "
-            "equally large: look again with its option use_class_sizes=false."
+            f"equally large: look again {WITHOUT_SIZES}."
         )
+    elif "class_sizes" in verdict.relies_on and not by_hand:
+        for label in verdict.suspected_classes:
+            times = of_label[label] / np.median(sizes)
+            if times > UNEQUAL:
+                notes.append(
+                    f"Class {classes[label]} has {of_label[label]:,} rows, {times:.1f} times the median class, which counts "
+                    f"against it. If it is so large by nature, look again {WITHOUT_SIZES}."
+                )
     if verdict.n_suspected is None and not by_hand:
         notes.append("This defense ranks rows and does not decide how many are poisoned: give a budget by hand.")
     if len(sizes) < FEW_CLASSES and not by_hand:
@@ -197,7 +209,7 @@ def main(args) -> None:
             {"n": len(labels), "index": dump.index},
         )
         summary = summary_of(args.defense, verdict, labels, predicted, classes, by_hand)
-        page = audit_page.Page(summary, notes_on(labels, verdict, by_hand), skipped)
+        page = audit_page.Page(summary, notes_on(labels, classes, verdict, by_hand), skipped)
         if args.data is not None and pictures.n_held_out:
             page.notes.append(
                 f"{pictures.n_held_out:,} images were held out as test images: not scored, and not among the kept files."

@@ -14,7 +14,9 @@ def summary(spec: params.Poison, labels: np.ndarray, arrays: dict[str, np.ndarra
     poisoned = arrays["role"] == storage.POISON
     after = labels.copy()
     after[arrays["rows"]] = arrays["labels_after"]
-    names = " and ".join(trigger.name for trigger in attacks.triggers(spec)) or "none"
+    names = " and ".join(trigger.name for trigger in attacks.triggers(spec))
+    if not names:  # "0 rows poisoned" would read as a verdict on a user's own data
+        return f"no trigger: {len(labels)} rows, left as they are"
     attack = "" if spec.attack == "all_to_one" else f", {spec.attack}"
     text = f"{names}{attack}: {poisoned.sum()} of {len(labels)} rows poisoned"
     if not poisoned.all():

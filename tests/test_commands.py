@@ -254,7 +254,7 @@ def test_a_setting_without_a_trigger(tmp_path, command, write_params, one_thread
     path = write_params(tmp_path / "params.yaml", clean={"poison": poison})
     path.write_text(path.read_text().replace("budget: fraction", "budget: 7"))
     chain = Chain(tmp_path, command, "clean", "random_filter").run_all()
-    assert chain.ended["poison"].out == "none: 0 of 200 rows poisoned\n"
+    assert chain.ended["poison"].out == "no trigger: 200 rows, left as they are\n"
     found = chain.metrics()
     assert list(found) == [
         "cell", "clean_acc", "rows_removed", "clean_removed",
