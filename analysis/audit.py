@@ -33,7 +33,7 @@ SHOWN_CLASSES, SHOWN_SUSPECTS, SHOWN_TYPICAL, AVERAGED = 6, 48, 24, 200
 UNEQUAL = 1.5
 WITHOUT_SIZES = (
     "without their sizes (--defense whitened_mixture --option use_class_sizes=false; with DVC: "
-    "-S +defenses.whitened_mixture.use_class_sizes=false)"
+    "-S ++defenses.whitened_mixture.use_class_sizes=false)"
 )
 FEW_CLASSES = 5  # fewer, and there is little to tell what halves of ordinary classes look like (defenses/README.md)
 
