@@ -113,8 +113,9 @@ def clean(records: list[dict]) -> str:
 
 
 def ablation(records: list[dict]) -> str:
-    """Mean recall at the budget over the attacks that took, one ingredient off at a time; and the lowest."""
-    records = [found for found in records if took(found)]
+    """Mean recall at the budget over the attacks that took, one ingredient off at a time; and the lowest. Dumps that
+    were scored without ablations are left out."""
+    records = [found for found in records if took(found) and any(key.count(" / ") == 2 for key in found["scored"])]
     names = sorted({key.split(" / ")[2] for found in records for key in found["scored"] if key.count(" / ") == 2})
     lines = [
         "| | " + " | ".join(f"{mode}: mean, lowest" for mode in MODES) + " |",
@@ -144,7 +145,7 @@ def page(records: list[dict]) -> str:
                 table(poisoned, keys, "class_auroc", names),
                 f"`{OWN}` by what it is told:",
                 own(poisoned),
-                f"`{OWN}` with one ingredient off, recall at the budget over the attacks that took:",
+                f"`{OWN}` with one ingredient off, recall at the budget over the attacks that took, where this was run:",
                 ablation(poisoned),
             ]
         bare = [found for found in chosen if not found["n_poisoned"]]

@@ -42,7 +42,7 @@ def test_ablations_are_told_with_mean_and_lowest():
     records = [record("a"), record("b")]
     for found, recall in zip(records, (1.0, 0.5)):
         found["scored"] = {f"whitened_mixture / told{end}": {"recall": recall} for end in ("", " / no oddness")}
-    text = proving_tables.ablation(records)
+    text = proving_tables.ablation([*records, record("c", whitened_mixture=0.0)])  # c: not run with ablations
     assert "| *all ingredients* | 0.750, 0.500 |" in text and "| no oddness | 0.750, 0.500 |" in text
 
 
