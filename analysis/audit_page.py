@@ -222,7 +222,7 @@ STYLE = """
 *{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:1180px;margin:0 auto;padding:32px 24px 64px}h1,h2,h3,p{margin:0}
-header{padding:24px 28px;border-radius:14px;border-left:6px solid var(--tone);background:var(--tone-soft)}
+header{overflow-wrap:anywhere;padding:24px 28px;border-radius:14px;border-left:6px solid var(--tone);background:var(--tone-soft)}
 header.alarm{--tone:var(--hot);--tone-soft:var(--hot-soft)}header.calm{--tone:var(--cool);--tone-soft:var(--cool-soft)}
 header.open{--tone:var(--open);--tone-soft:var(--open-soft)}
 header h1{font-size:30px;line-height:1.2;margin:2px 0 6px;color:var(--tone)}
@@ -231,7 +231,7 @@ header h1{font-size:30px;line-height:1.2;margin:2px 0 6px;color:var(--tone)}
 .tiles div,.class,.skipped{background:var(--card);border:1px solid var(--line);border-radius:12px}
 .tiles div{padding:14px 18px}.tiles b{display:block;font-size:22px;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .tiles span,small,figcaption,footer,.none{color:var(--soft)}small{font-size:13px;font-weight:400;margin-left:6px}
-.notes{margin:0 0 16px;padding:12px 18px 12px 36px;border:1px dashed var(--line);border-radius:12px}
+.notes{overflow-wrap:anywhere;margin:0 0 16px;padding:12px 18px 12px 36px;border:1px dashed var(--line);border-radius:12px}
 .class{padding:22px 24px;margin:16px 0}h2{font-size:21px;overflow-wrap:anywhere}
 h3{font-size:13px;color:var(--soft);font-weight:600;margin-bottom:8px}
 .facts{display:grid;grid-template-columns:minmax(280px,1.6fr) minmax(260px,1fr);gap:28px;margin:16px 0 20px}
