@@ -41,7 +41,7 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
         files = sorted(
             entry.name
             for entry in os.scandir(folder / name)
-            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
         )
         if not files:
             raise UserError(f"{folder / name} holds no images ({', '.join(SUFFIXES)}): fill it or remove it")
@@ -130,6 +130,8 @@ def scan(root: Path, split: str = "") -> Listing:
                     listing.skipped[_printable(name)] = why
                 elif entry.is_dir():
                     listing.skipped[name] = "a folder within a class; images lie directly in the class folder"
+                elif not entry.is_file():  # opening a named pipe would wait for ever
+                    listing.skipped[name] = "not a file, or a link to nothing"
                 elif not entry.name.lower().endswith(OWN_SUFFIXES):
                     listing.skipped[name] = f"not an image by its suffix ({', '.join(OWN_SUFFIXES)})"
                 else:
