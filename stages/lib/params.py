@@ -4,6 +4,7 @@ Where the paper trail of the benchmark leaves a value open, `params.yaml` says s
 """
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -202,22 +203,26 @@ class Audit:
     budget: str | int = field(default="auto", metadata={"expected": "auto or a number of rows"})
 
 
+MOST_VALUES = 100_000  # in a file, its aliases written out
+
+
 class _Loader(yaml.SafeLoader):
-    """Plain values only. No aliases: a few lines of them can stand for any amount of memory. No key twice: YAML would take
-    the last one and DVC refuses it. No number of more than 64 bits: one of a million digits cannot even be shown."""
+    """Plain values. Not so many that a few lines of aliases could stand for any amount of memory; no key twice, of which YAML
+    would take the last and which DVC refuses; no number beyond 64 bits: one of a million digits cannot even be shown."""
 
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            self._refuse("aliases (*name) are not read, write the values out", self.peek_event())
-        return super().compose_node(parent, index)
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MOST_VALUES:
+            self._refuse("too many values, or one within itself", node)
+        return node
 
-    def construct_mapping(self, node, deep=False):
-        seen = set()
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                self._refuse(f"the key {key.value!r} stands twice in one block", key)
+            if (key.tag, str(key.value)) in seen:
+                self._refuse(f"the key {key.value!r:.100} stands twice in one block", key)
             seen.add((key.tag, str(key.value)))
-        return super().construct_mapping(node, deep)
+        return node
 
     def construct_yaml_int(self, node):
         value = super().construct_yaml_int(node)
@@ -227,6 +232,16 @@ class _Loader(yaml.SafeLoader):
 
     def _refuse(self, words, where):
         raise yaml.MarkedYAMLError(problem=words, problem_mark=where.start_mark)
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values in the node, aliases written out; infinite if it stands within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
