@@ -127,8 +127,13 @@ def _texts(path: Path, name: str, values, length: int) -> list[str] | None:
     values = values[:]
     if values.shape != (length,):
         raise UserError(f"{path}: {name} has shape {values.shape}; expected ({length},)")
-    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    try:
+        texts = [
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values.tolist()
+        ]
+    except ValueError as error:  # of numbers that are no letters
+        raise UserError(f"{path}: {name} is no text ({error})") from error
     for row, text in enumerate(texts):
-        if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+        if any(ord(letter) < 32 or ord(letter) == 127 or 0xD800 <= ord(letter) < 0xE000 for letter in text):
             raise UserError(f"{path}: {name}[{row}], {text!r}, holds control characters; it cannot stand in a list")
     return texts

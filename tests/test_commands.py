@@ -466,7 +466,7 @@ def test_files_that_do_not_belong_together(damaged):
 
 
 def test_a_reference_of_other_epochs(damaged):
-    chain = damaged("a/reference.json", text=('"history": [', '"history": [{}, '))
+    chain = damaged("a/reference.json", text=('"history": [', '"history": [{"epoch": 0, "accuracy": 0, "loss": 0}, '))
     assert_refused(chain, "evaluate", "a/reference.json is of other epochs than a/retrained.pt")
 
 
