@@ -33,7 +33,18 @@ from test_storage import EXAMPLES
 
 from analysis import feature_dump, kept_copy
 from stages import evaluate, train
-from stages.lib import checkpoints, foreign_hdf5, image_folder, npz_images, own_data, params, sealed, storage
+from stages.lib import (
+    checkpoints,
+    foreign_hdf5,
+    image_folder,
+    npz_images,
+    own_data,
+    params,
+    scratch,
+    sealed,
+    storage,
+    triggers,
+)
 from stages.lib.errors import UserError
 from stages.lib.poisoning import open_poisoned
 from stages.lib.training import Architecture
@@ -132,7 +143,7 @@ PIECES = st.sampled_from(
      "!!python/object/apply:os.system ['touch mark']", "!!python/name:os.system", "!x y", "&a", "*a", "<<: *a", "[", "]", "{",
      "}", ": ", "- ", "? ", "|", ">", "\n", "\n  ", "#", "'", '"', "---\n", "...\n", "%YAML 9.9\n", "%TAG ! x\n", "\t", "\x00",
      "\ufeff", "[" * 2000, "&a [" + "*a," * 9 + "]", "0x" + "f" * 5000, "9" * 5000, "1:1:1:1:1:1:1:1", "1e999", ".nan", ".inf",
-     "2001-99-99", "~", "on", "0o17", "1_000", "=", "<<", '"\\ud800"', "٣e٥", "1e-5", "seed: 4\n", "settings: {}\n"]
+     "2001-99-99", "~", "on", "0o17", "1_000", "=", "<<", '"\\ud800"', "\u0663e\u0665", "1e-5", "seed: 4\n", "settings: {}\n"]
 )  # fmt: skip
 
 
@@ -521,7 +532,8 @@ def npy(draw, array, mark) -> bytes:
     np.save(buffer, array)
     content = buffer.getvalue()
     if how == "lying":
-        shape = draw(st.sampled_from(["(10**12,)", "(2**40, 2**40)", "(-1,)", "(30, -4)", "(0,)", "()", "(3.5,)", "(True,)", "(31,)",
+        shape = draw(st.sampled_from(["(10**12,)", "(2**40, 2**40)", "(-1,)", "(30, -4)", "(0,)", "()", "(3.5,)", "(True,)",
+                                      "(31,)",
                                       "(99999999999999999999,)", "(30, 4, 0)"]))  # fmt: skip
         shape = str(eval(shape))  # a literal, as the header wants it
         dtype = draw(st.sampled_from(["<f4", "<i8", "|u1", "|O", "<U9", "|V0", "|S0", "<M8[s]", "x", "<f16"]))
@@ -605,7 +617,8 @@ def picture_bytes(kind: str) -> bytes:
 
 
 FILES = st.tuples(
-    st.one_of(st.sampled_from(["a.png", "b.jpg", "c.PNG", "d.gif", "e.tiff", "n.txt"]), ODD_NAMES.map(lambda name: f"{name}.png")),
+    st.one_of(st.sampled_from(["a.png", "b.jpg", "c.PNG", "d.gif", "e.tiff", "n.txt"]),
+              ODD_NAMES.map(lambda name: f"{name}.png")),
     st.sampled_from(["png", "jpeg", "gif", "webp", "huge", "zip", "eps", "cut", "flipped", "empty", "text", "folder", "pipe",
                      "link in", "link out", "link to nothing", "link to itself", "link to a folder"]),
 )  # fmt: skip
@@ -784,7 +797,8 @@ def test_a_flipped_weight(saved, refuses):
 TENSORS = st.sampled_from(
     [torch.zeros(0), torch.zeros(3), torch.full((3, 64), float("nan")), torch.zeros(3, 64, dtype=torch.float64),
      torch.zeros(3, 64, dtype=torch.int64), torch.zeros(1).expand(3, 64), torch.zeros(3, 64).to_sparse(),
-     torch.zeros(64, 3).T, torch.zeros(3, 64, dtype=torch.complex64), torch.full((3, 64), 1e30), torch.zeros(3, 64, device="meta"),
+     torch.zeros(64, 3).T, torch.zeros(3, 64, dtype=torch.complex64), torch.full((3, 64), 1e30),
+     torch.zeros(3, 64, device="meta"),
      torch.nn.Parameter(torch.zeros(3, 64)), 3, "x", None, [1.0], {}]
 )  # fmt: skip
 
@@ -859,3 +873,57 @@ def test_a_crafted_checkpoint_runs_no_code(saved, data):
     with refusal_or_right():
         assert checkpoints.load(path) is None, "it must be refused"
     assert not mark.exists()
+
+
+def test_a_damaged_scratch_checkpoint_is_as_good_as_none(tmp_path):
+    """A training must not go on from flipped weights."""
+    keeper = scratch.Scratch({"seed": 1}, tmp_path, 0)
+    keeper.saved -= 100
+    keeper.offer(lambda: {"weight": torch.arange(500.0)})
+    content = keeper.path.read_bytes()
+    place = content.index(torch.arange(500.0).numpy().tobytes()) + 7
+    keeper.path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert torch.load(keeper.path, weights_only=True)["weight"].shape == (500,)  # torch does not notice
+    assert keeper.load() is None
+
+
+def test_names_that_no_file_has(tmp_path, refuses):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/loop.png").symlink_to("loop.png")
+    for name, words in (("a\0b", "is no name of a file"), ("loop.png", "is not there")):
+        with refuses(words):
+            kept_copy.make([name], tmp_path / "photos", tmp_path / "clean", link=False)
+    arrays = a_dump(2) | {"labels": np.array([0, 1]), "files": np.array(["a", "\ud800"])}
+    np.savez(tmp_path / "dump.npz", **arrays)
+    with refuses("files[1]", "it cannot stand in a list"):
+        feature_dump.open_dump(tmp_path / "dump.npz")
+
+
+def test_features_of_extract_without_their_seal(tmp_path, refuses):
+    """They cannot pass for features from elsewhere, which need none."""
+    path = tmp_path / "features.h5"
+    storage.write(path, "features", *EXAMPLES["features"])
+    path.write_bytes(path.read_bytes()[: -sealed.LENGTH])
+    with refuses(path, "its seal is missing", "dvc repro extract"):
+        storage.open_(path, "features")
+    with refuses(path, "its seal is missing"):
+        feature_dump.open_dump(path)
+
+
+def test_a_home_that_nobody_has(tmp_path, command, write_params):
+    own = {"data": {"source": "folder", "path": "~nobody-here/x", "image_size": 32}}
+    path = write_params(tmp_path / "params.yaml", tiny={})
+    values = yaml.safe_load(path.read_text())
+    values["settings"]["tiny"] |= own | {"poison": {"trigger": {"name": "none"}, "poison_fraction": None}}
+    path.write_text(yaml.safe_dump(values))
+    ended = command("prepare", "--params", path, "--setting", "tiny", "--out", tmp_path / "out.h5", cwd=tmp_path)
+    assert ended.status == 1 and ended.err.count("\n") == 1 and "no folder" in ended.err
+
+
+@pytest.mark.parametrize("kind", ["eps", "pipe"])
+def test_a_pattern_that_is_no_picture(tmp_path, refuses, kind):
+    """Pillow would start another program for the one, and wait for ever for the other."""
+    path = tmp_path / "pattern.png"
+    put(None, path, kind, None)
+    with refuses("is not a readable picture"):
+        triggers.picture({"name": "blend", "pattern": str(path)}, (8, 8, 1))
