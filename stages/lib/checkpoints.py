@@ -16,6 +16,7 @@ from stages.lib.errors import UserError
 from stages.lib.training import Architecture
 
 SCHEMA_VERSION = 1
+MOST_CLASSES = 100_000  # a network of more would fill memory before its weights are looked at
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def load(path: Path) -> Checkpoint:
         fields = about["architecture"]
         fields |= {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
         checkpoint = Checkpoint(Architecture(**fields), content["state"], about["history"], about["conditions"])
-        with torch.device("meta"):  # shapes alone: a declared size costs no memory
-            expected = {name: tensor.shape for name, tensor in checkpoint.architecture.build().state_dict().items()}
+        if not 0 < checkpoint.architecture.n_classes <= MOST_CLASSES or len(fields["mean"]) not in (1, 3):
+            raise ValueError(f"{checkpoint.architecture.n_classes} classes, {len(fields['mean'])} channels")
+        expected = {name: tensor.shape for name, tensor in checkpoint.architecture.build().state_dict().items()}
         found = {name: tensor.shape for name, tensor in checkpoint.state.items()}
         wrong = _wrong(checkpoint)
     except UserError as error:  # of an unknown network
