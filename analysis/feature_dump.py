@@ -9,8 +9,6 @@ classes    optional, (C,) text: the name of each class
 HDF5 data sets are read in slices; an .npz file is read whole. Nothing is ever unpickled.
 """
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +16,9 @@ from types import TracebackType
 import h5py
 import numpy as np
 
+from stages.lib import foreign_hdf5, sealed
 from stages.lib.errors import UserError
+from stages.lib.npz_images import Archive
 
 REQUIRED, OPTIONAL = ("features", "logits", "labels"), ("files", "classes")
 SCHEMA = "expected features (N, D), logits (N, C), labels (N,), and if known files (N,) and classes (C,)"
@@ -69,48 +69,31 @@ def open_dump(path: Path) -> Dump:
 
 
 def _from_hdf5(path: Path) -> Dump:
+    if not sealed.check(path)[1]:
+        foreign_hdf5.check(path, (*REQUIRED, *OPTIONAL))
+    file = None
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
-        raise UserError(f"{path}: not a readable HDF5 file, perhaps cut short ({error}); make it again") from error
-    try:
-        found = {}
-        for name in (*REQUIRED, *OPTIONAL):
-            if name in file:
-                # A link can lead to any other file that the user may read.
-                if not isinstance(file.get(name, getlink=True), h5py.HardLink) or file[name].external:
-                    raise UserError(f"{path}: {name} is a link or lies in another file; store it in this one")
-                found[name] = file[name]
+        found = {name: foreign_hdf5.data_set(file, name) for name in (*REQUIRED, *OPTIONAL)}
         fraction = float(file.attrs.get("poison_fraction", np.nan))
         index = file.attrs.get("index", "")
-        dump = _checked(path, found)
+        if "checkpoint" in file.attrs and not sealed.check(path)[1]:
+            raise ValueError("cut short or changed since `extract` wrote it: its seal is missing")
+        dump = _checked(path, {name: data for name, data in found.items() if data is not None})
         dump.handle, dump.index = file, index if isinstance(index, str) else ""
         dump.poison_fraction = None if np.isnan(fraction) else fraction
         return dump
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        file.close()
-        raise UserError(f"{path}: {' '.join(str(error).split())}; {SCHEMA}") from error
-    except BaseException:
-        file.close()
-        raise
+    except Exception as error:
+        if file is not None:
+            file.close()
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: {' '.join(str(error).split())}; {SCHEMA}") from error  # h5py raises all sorts
 
 
 def _from_npz(path: Path) -> Dump:
-    found = {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            for name in (*REQUIRED, *OPTIONAL):
-                if name in archive:
-                    found[name] = archive[name]
-    except ValueError as error:
-        if "pickle" in str(error):
-            raise UserError(
-                f"{path}: {name} holds pickled Python objects, which are never loaded; save numbers"
-            ) from error
-        raise UserError(f"{path}: {' '.join(str(error).split())}; {SCHEMA}") from error
-    except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .npz file, perhaps cut short ({error}); make it again") from error
-    return _checked(path, found)
+    with Archive(path, SCHEMA) as archive:
+        return _checked(path, {name: archive.array(name) for name in (*REQUIRED, *OPTIONAL) if name in archive.names})
 
 
 def _checked(path: Path, found: dict) -> Dump:
@@ -144,8 +127,13 @@ def _texts(path: Path, name: str, values, length: int) -> list[str] | None:
     values = values[:]
     if values.shape != (length,):
         raise UserError(f"{path}: {name} has shape {values.shape}; expected ({length},)")
-    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    try:
+        texts = [
+            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values.tolist()
+        ]
+    except ValueError as error:  # of numbers that are no letters
+        raise UserError(f"{path}: {name} is no text ({error})") from error
     for row, text in enumerate(texts):
-        if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+        if any(ord(letter) < 32 or ord(letter) == 127 or 0xD800 <= ord(letter) < 0xE000 for letter in text):
             raise UserError(f"{path}: {name}[{row}], {text!r}, holds control characters; it cannot stand in a list")
     return texts

@@ -26,7 +26,10 @@ def make(names: list[str], source: Path, target: Path, *, link: bool) -> None:
     check_target(source, target)
     for name in names:
         path = source / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.resolve().is_relative_to(source):
+        if "\0" in name:  # no path holds one
+            raise UserError(f"{name!r} is no name of a file")
+        inside = Path(os.path.realpath(path)).is_relative_to(source)  # Path.resolve fails for a link to itself
+        if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
             raise UserError(f"{name!r} leads out of {source}; expected names relative to it")
         if not path.is_file():
             raise UserError(f"{path} is not there; is {source} the folder that was audited?")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Protocol
@@ -52,7 +53,7 @@ class FromFolder:
         for row in rows.tolist():
             path = self.root / self.names[row]
             try:
-                if path.resolve().is_relative_to(self.root):
+                if Path(os.path.realpath(path)).is_relative_to(self.root) and path.is_file():
                     found[row] = image_folder.read_resized(path, MAX_SIDE)[0]
             except (image_folder.Unreadable, OSError):
                 continue

@@ -69,6 +69,25 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def read_reference(path: Path, poisoned: bool) -> dict:
+    """What `evaluate_reference` wrote; UserError for anything else. poisoned: the attack's figures must be there."""
+    figures = ("clean_acc", "asr", "target_clean_acc") if poisoned else ("clean_acc",)
+    try:
+        found = json.loads(path.read_text())
+        numbers = [found["oracle"]["defense_score"]] if poisoned else []
+        for name in ("undefended", "oracle"):
+            model = found[name]
+            numbers += [row[key] for row in model["history"] for key in ("epoch", "accuracy", "loss")]
+            numbers += [model[key] for key in figures]
+        if not (isinstance(found["index"], str) and all(type(x) in (int, float) and abs(x) < np.inf for x in numbers)):
+            raise TypeError
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; make it with `dvc repro evaluate_reference`") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: no JSON, not UTF-8, endless digits
+        raise UserError(f"{path} is damaged; make it again with `dvc repro evaluate_reference`") from error
+    return found
+
+
 def measure(args) -> tuple[dict, dict[str, list[dict]]]:
     """The flat metrics and the rows of each plot."""
     poisoned = open_poisoned(args.data, args.index)
@@ -78,20 +97,14 @@ def measure(args) -> tuple[dict, dict[str, list[dict]]]:
         scores, scored_index, defense = file["scores"][:], file.attrs["index"], file.attrs["defense"]
     with storage.open_(args.kept, "kept_rows") as file:
         kept_rows, kept_index = file["rows"][:], file.attrs["index"]
-    try:
-        reference = json.loads(args.reference.read_text())
-        epochs = {len(reference[name]["history"]) for name in ("undefended", "oracle")} | {len(checkpoint.history)}
-        reference["undefended"]["clean_acc"], reference["oracle"]["clean_acc"], reference["index"]
-    except FileNotFoundError as error:
-        raise UserError(f"{args.reference} is not there; make it with `dvc repro evaluate_reference`") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{args.reference} is damaged; make it again with `dvc repro evaluate_reference`") from error
+    n, is_poisoned = poisoned.index.n, poisoned.index.poisoned
+    reference = read_reference(args.reference, bool(is_poisoned.any()))
+    epochs = {len(reference[name]["history"]) for name in ("undefended", "oracle")} | {len(checkpoint.history)}
     for path, index in ((args.scores, scored_index), (args.kept, kept_index), (args.reference, reference["index"])):
         if index != digests[1]:
             raise UserError(f"{path} belongs to another poison index than {args.index}; run `dvc repro`")
     if len(epochs) > 1:
         raise UserError(f"{args.reference} is of other epochs than {args.checkpoint}; train again (`dvc repro`)")
-    n, is_poisoned = poisoned.index.n, poisoned.index.poisoned
     if len(scores) != n:
         raise UserError(f"{args.scores} holds {len(scores)} scores for {n} training rows; run `dvc repro score`")
     kept = np.zeros(n, bool)

@@ -42,8 +42,6 @@ def main(args) -> None:
     with stage.Outputs([args.out], [args.scores], parameters, args.resources) as temporary:
         with storage.open_(args.scores, "scores") as file:
             scores, attributes = file["scores"][:], dict(file.attrs)
-        if not np.isfinite(scores).all():
-            raise UserError(f"{args.scores} holds NaN or infinite scores; make it again with `dvc repro score`")
         fraction = storage.optional_fraction(attributes["poison_fraction"])
         n_remove = n_to_remove(spec, len(scores), fraction, attributes.get("n_suspected"))
         kept = np.flatnonzero(~removed(scores, n_remove))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ def main(args) -> None:
 
     spec = parameters()
     if spec.source in params.OWN_SOURCES:
-        source = runtime.home() / Path(spec.path).expanduser()
+        source = runtime.home() / os.path.expanduser(spec.path)  # Path.expanduser fails on ~nobody
         inputs = [source] if spec.source == "npz" else []  # a folder is compared file by file as it is read
         with stage.Outputs([args.out], inputs, parameters, args.resources) as temporary, stage.naming(args.out):
             notes = own_data.write(spec, source, temporary[args.out])

@@ -10,7 +10,6 @@ import operator
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 import defenses
 from stages.lib import params, stage, storage
@@ -26,8 +25,8 @@ def given_options(args) -> dict:
         if not separator:
             raise UserError(f"--option {text!r}: expected KEY=VALUE")
         try:
-            options[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
+            options[key] = params.load_yaml(value)
+        except ValueError as error:
             raise UserError(f"--option {text!r}: {value!r} is not valid YAML") from error
     return options
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.lib import checkpoints
+from stages.lib import checkpoints, sealed
 from stages.lib.checkpoints import Checkpoint
 from stages.lib.training import Architecture
 
@@ -19,7 +19,15 @@ ARCHITECTURE = Architecture("resnet20", 3, 8, (0.5,), (0.25,))
 def checkpoint():
     """A network with random weights and a history of two epochs."""
     history = [{"epoch": i + 1, "lr": 0.1 / (i + 1), "loss": 1 / 3, "accuracy": 0.5} for i in range(2)]
-    conditions = {"n_rows": 7, "data": "d" * 64, "index": "i" * 64, "collapses": [], "recipe": {"lr": 0.1}}
+    conditions = {
+        "n_rows": 7,
+        "data": "d" * 64,
+        "index": "i" * 64,
+        "collapses": [],
+        "recipe": {"lr": 0.1},
+        "rows": "r" * 64,
+        "runtime": {},
+    }
     return Checkpoint(ARCHITECTURE, ARCHITECTURE.build(seed=1).state_dict(), history, conditions)
 
 
@@ -120,6 +128,9 @@ def test_code_in_a_file_does_not_run(checkpoint, path, tmp_path, refuses, protoc
         path.write_bytes(pickle.dumps(Attack(mark)))
     else:
         torch.save(Attack(mark) if protocol == "torch" else whole | {"state": {"weight": Attack(mark)}}, path)
+    with refuses(path, "its seal is missing", "make it again"):
+        checkpoints.load(path)
+    sealed.seal(path)
     with refuses(path, "more than weights", "make it again"):
         checkpoints.load(path)
     assert not mark.exists()
@@ -178,12 +189,17 @@ def test_a_tensor_too_many_or_too_few(checkpoint, path, refuses):
 def test_damaged_content(checkpoint, path, refuses, changes, words):
     about = {"architecture": dataclasses.asdict(ARCHITECTURE), "history": [], "conditions": {}}
     content = {"kind": "checkpoint", "schema_version": 1, "about": json.dumps(about), "state": checkpoint.state}
-    torch.save(content, path)
+
+    def save(content):
+        torch.save(content, path)
+        sealed.seal(path)
+
+    save(content)
     checkpoints.load(path)
-    torch.save({key: value for key, value in (content | changes).items() if value is not None}, path)
+    save({key: value for key, value in (content | changes).items() if value is not None})
     with refuses(path, *words, "make it again"):
         checkpoints.load(path)
-    torch.save([1, 2], path)
+    save([1, 2])
     with refuses(path, "not a checkpoint of this project"):
         checkpoints.load(path)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.lib import checkpoints, datasets, metrics, storage
+from stages.lib import checkpoints, datasets, metrics, sealed, storage
 from stages.lib.poisoning import open_poisoned, read_index
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -466,7 +466,7 @@ def test_files_that_do_not_belong_together(damaged):
 
 
 def test_a_reference_of_other_epochs(damaged):
-    chain = damaged("a/reference.json", text=('"history": [', '"history": [{}, '))
+    chain = damaged("a/reference.json", text=('"history": [', '"history": [{"epoch": 0, "accuracy": 0, "loss": 0}, '))
     assert_refused(chain, "evaluate", "a/reference.json is of other epochs than a/retrained.pt")
 
 
@@ -521,6 +521,7 @@ def test_a_stamp_of_another_size(damaged, chain):
     with h5py.File(copy.folder / "a/poison.h5", "r+") as file:
         del file["pictures"]
         file["pictures"] = np.zeros((1, 9, 9, 1), np.uint8)
+    sealed.seal(copy.folder / "a/poison.h5")
     assert_refused(copy, "victim", "the trigger is made for images of shape (9, 9, 1), got (8, 8, 1)")
 
 

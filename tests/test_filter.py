@@ -124,8 +124,8 @@ def test_other_scores_that_pick_the_same_rows_give_the_same_file(filtered):
         (SCORES, {"budget": "auto"}, "does not decide for itself"),
         (SCORES, {"budget": 10}, "remove 10 of 10 rows"),
         (SCORES, {"budget": "most"}, "filter.budget is 'most'"),
-        ([*SCORES[:-1], np.nan], {}, "scores.h5 holds NaN or infinite scores"),
-        ([*SCORES[:-1], np.inf], {}, "scores.h5 holds NaN or infinite scores"),
+        ([*SCORES[:-1], np.nan], {}, "scores.h5: holds NaN or infinite scores"),
+        ([*SCORES[:-1], np.inf], {}, "scores.h5: holds NaN or infinite scores"),
         ([], {"budget": 0}, "remove 0 of 0 rows"),
     ],
 )

@@ -339,7 +339,7 @@ def test_unknown_setting(write, refuses):
 def test_a_setting_names_a_folder(tmp_path, refuses, name):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"settings": {name: SMALL["settings"]["s"]}}, allow_unicode=True))
-    with refuses(path, repr(name), "cannot name a setting", "letters, digits"):
+    with refuses(path, repr(name), "cannot name a folder", "letters, digits"):
         params.setting(path, name)
 
 

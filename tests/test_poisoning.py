@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.lib import attacks, params, storage, triggers
+from stages.lib import attacks, params, sealed, storage, triggers
 from stages.lib.poisoning import open_poisoned, pad, read_index
 
 # Triggers
@@ -627,6 +627,7 @@ def test_an_index_of_the_first_layout(made, tmp_path, refuses):
     shutil.copy(made["plain"][1], tmp_path / "old.h5")
     with h5py.File(tmp_path / "old.h5", "r+") as file:
         file.attrs["schema_version"] = 1
+    sealed.seal(tmp_path / "old.h5")
     with refuses(tmp_path / "old.h5", "schema version 1, expected 2", "dvc repro poison"):
         read_index(tmp_path / "old.h5")
 

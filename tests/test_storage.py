@@ -1,5 +1,6 @@
 """The HDF5 files: the same bytes for the same content, and one line for every file that is not what it should be."""
 
+import contextlib
 import hashlib
 import time
 
@@ -7,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from stages.lib import storage
+from stages.lib import sealed, storage
 
 EXAMPLES = {
     "dataset": (
@@ -72,6 +73,14 @@ def opens(path, kind):
     storage.open_(path, kind).close()
 
 
+@contextlib.contextmanager
+def changing(path):
+    """The file, open for changes, and sealed again after them."""
+    with h5py.File(path, "a") as file:
+        yield file
+    sealed.seal(path)
+
+
 def test_the_examples_are_of_every_kind():
     assert set(EXAMPLES) == set(storage.SCHEMAS) == set(storage.ONE_LENGTH)
 
@@ -105,7 +114,10 @@ def test_other_content_other_bytes(write, kind):
 
 def test_digests(write, tmp_path, refuses):
     path = write("scores")
-    assert storage.digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    content = path.read_bytes()[: -sealed.LENGTH]
+    assert storage.digest(path) == hashlib.sha256(content).hexdigest()
+    (tmp_path / "plain").write_bytes(content)
+    assert storage.digest(tmp_path / "plain") == storage.digest(path)
     wide = np.arange(6).reshape(2, 3)
     assert storage.digest_array(wide[:, ::2]) == hashlib.sha256(np.array([0, 2, 3, 5]).tobytes()).hexdigest()
     with refuses(tmp_path, "is a folder"):
@@ -133,7 +145,7 @@ def test_truncated(write, refuses, kind):
     content = path.read_bytes()
     for length in {0, 1, 8, 95, 96, 512, len(content) // 3, len(content) // 2, len(content) - 200, len(content) - 1}:
         path.write_bytes(content[:length])
-        with refuses(path, "not a readable HDF5 file, perhaps cut short", f"dvc repro {MAKERS[kind]}"):
+        with refuses(path, "cut short", f"dvc repro {MAKERS[kind]}"):
             opens(path, kind)
 
 
@@ -149,10 +161,12 @@ def test_hdf5_of_another_program(tmp_path, refuses):
     path = tmp_path / "file.h5"
     with h5py.File(path, "w") as file:
         file["scores"] = np.zeros(3)
-    with refuses(path, "holds kind 'none', expected 'scores'", "dvc repro score"):
+    with refuses(path, "its seal is missing", "dvc repro score"):
         opens(path, "scores")
+    with refuses(path, "holds kind 'none', expected 'features'", "dvc repro extract"):
+        opens(path, "features")
     for odd in (np.array([1, 2]), 3, np.bytes_(b"scores")):
-        with h5py.File(path, "a") as file:
+        with changing(path) as file:
             file.attrs["kind"] = odd
         with refuses(path, "holds kind", "expected 'scores'"):
             opens(path, "scores")
@@ -172,7 +186,7 @@ def test_wrong_kind(write, refuses, kind, expected):
 @pytest.mark.parametrize("version", [storage.SCHEMA_VERSIONS["scores"] + 1, 0, "1", np.array([1, 1]), None])
 def test_wrong_version(write, refuses, version):
     path = write("scores")
-    with h5py.File(path, "a") as file:
+    with changing(path) as file:
         del file.attrs["schema_version"]
         if version is not None:
             file.attrs["schema_version"] = version
@@ -193,7 +207,9 @@ def test_a_group_in_place_of_a_data_set(write, refuses):
         opens(path, "scores")
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in storage.SCHEMAS[kind][2]])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in KINDS for name in storage.SCHEMAS[kind][2] if "?" not in name]
+)
 def test_missing_attribute(write, refuses, kind, name):
     path = write(kind, attributes={name: None})
     with refuses(path, f"attribute {name!r} is missing", f"dvc repro {MAKERS[kind]}"):
@@ -246,7 +262,7 @@ def test_forbidden_file(write, refuses, monkeypatch):
     def forbidden(*_):  # a mode of 0 would not stop root
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(h5py, "File", forbidden)
+    monkeypatch.setattr(sealed, "check", forbidden)
     with refuses(f"{path} cannot be read: permission denied"):
         opens(path, "scores")
 
@@ -255,6 +271,6 @@ def test_a_refused_file_is_closed(write, refuses):
     path = write("scores", attributes={"index": None})
     with refuses("'index' is missing"):
         opens(path, "scores")
-    with h5py.File(path, "a") as file:  # HDF5 refuses this for a file that is open
+    with changing(path) as file:  # HDF5 refuses this for a file that is open
         file.attrs["index"] = "i"
     opens(path, "scores")

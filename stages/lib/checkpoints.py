@@ -1,6 +1,8 @@
 """Checkpoints: weights and how they came about, byte-stable, loaded without running any code from the file."""
 
+import io
 import json
+import math
 import pickle
 import warnings
 from dataclasses import asdict, dataclass
@@ -9,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stages.lib import sealed
 from stages.lib.errors import UserError
 from stages.lib.training import Architecture
 
 SCHEMA_VERSION = 1
+MOST_CLASSES = 100_000  # a network of more would fill memory before its weights are looked at
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,22 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     with open(path, "wb") as file:
         content = {"kind": "checkpoint", "schema_version": SCHEMA_VERSION, "about": json.dumps(about), "state": state}
         torch.save(content, file)
+    sealed.seal(path)
 
 
 def load(path: Path) -> Checkpoint:
-    """Read with ``weights_only=True``; `UserError` names the file if it is missing, cut short or something else."""
+    """Check the seal and read with ``weights_only=True``; `UserError` names the file if it is missing, damaged, cut short
+    or something else."""
     again = "make it again with `dvc repro`"
     try:
+        stored = sealed.content(path)
+        if stored is None:
+            raise UserError(f"{path}: not a readable checkpoint, perhaps cut short (its seal is missing); {again}")
         with warnings.catch_warnings(action="ignore"):  # of foreign pickles: said below, in one line
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+            content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is not there; {again}, or give its path") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: not a checkpoint of this project (no or more than weights); {again}") from error
@@ -75,17 +86,46 @@ def load(path: Path) -> Checkpoint:
         fields = about["architecture"]
         fields |= {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
         checkpoint = Checkpoint(Architecture(**fields), content["state"], about["history"], about["conditions"])
+        if not 0 < checkpoint.architecture.n_classes <= MOST_CLASSES or len(fields["mean"]) not in (1, 3):
+            raise ValueError(f"{checkpoint.architecture.n_classes} classes, {len(fields['mean'])} channels")
         expected = {name: tensor.shape for name, tensor in checkpoint.architecture.build().state_dict().items()}
         found = {name: tensor.shape for name, tensor in checkpoint.state.items()}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: a damaged checkpoint ({type(error).__name__}: {error}); {again}") from error
+        wrong = _wrong(checkpoint)
+    except UserError as error:  # of an unknown network
+        raise UserError(f"{path}: {error}; {again}") from error
+    except Exception as error:  # KeyError, TypeError, RecursionError, …: whatever the content is not
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path}: a damaged checkpoint ({words:.200}); {again}") from error
     if found != expected:
         odd = next(name for name in (expected | found) if expected.get(name) != found.get(name))
         raise UserError(
             f"{path}: its weights are not those of {checkpoint.architecture.network} ({odd}: "
             f"{_shape(found.get(odd))}, expected {_shape(expected.get(odd))}); {again}"
         )
+    if wrong:
+        raise UserError(f"{path}: a damaged checkpoint ({wrong}); {again}")
     return checkpoint
+
+
+def _wrong(checkpoint: Checkpoint) -> str | None:
+    """What the types and values are not, in words."""
+    architecture = checkpoint.architecture
+    for name, tensor in checkpoint.state.items():
+        usual = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
+        if type(tensor) is not Tensor or tensor.dtype != usual or tensor.layout != torch.strided:
+            return f"{name} is no {usual} tensor"
+        if not tensor.isfinite().all():
+            return f"{name} holds NaN or infinity"
+    channels = (*architecture.mean, *architecture.std)
+    if (
+        not all(isinstance(value, int | float) and math.isfinite(value) for value in channels)
+        or min(architecture.std) <= 0
+    ):
+        return "mean or std is no number"
+    for row in checkpoint.history:
+        if not all(isinstance(row[key], int | float) for key in ("epoch", "lr", "loss", "accuracy")):
+            return f"its history holds {row!r:.100}"
+    return None if isinstance(checkpoint.conditions, dict) else "its conditions are no mapping"
 
 
 def load_for(path: Path, data: Path, index: Path, digests: tuple[str, str]) -> Checkpoint:
@@ -95,6 +135,9 @@ def load_for(path: Path, data: Path, index: Path, digests: tuple[str, str]) -> C
     for what, other, one, two in zip(("data set", "poison index"), (data, index), recorded, digests, strict=True):
         if one != two:
             raise UserError(f"{path} was trained on another {what} than {other}; train again (`dvc repro`)")
+    missing = {"rows", "runtime", "collapses"} - checkpoint.conditions.keys()
+    if missing:
+        raise UserError(f"{path} does not say its {', '.join(sorted(missing))}; train again (`dvc repro`)")
     return checkpoint
 
 

@@ -41,7 +41,7 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
         files = sorted(
             entry.name
             for entry in os.scandir(folder / name)
-            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
         )
         if not files:
             raise UserError(f"{folder / name} holds no images ({', '.join(SUFFIXES)}): fill it or remove it")
@@ -99,15 +99,15 @@ def scan(root: Path, split: str = "") -> Listing:
 
     Raises UserError if there is no class folder, a class folder holds no image at all, or `split` leads out of `root`.
     """
-    folder, inside = root / split, root.resolve()
-    if not folder.resolve().is_relative_to(inside):
+    folder, inside = root / split, _real(root)
+    if not _real(folder).is_relative_to(inside):
         raise UserError(f"{folder} is a link that leaves {root}; give the folder that it points into")
     listing = Listing(root)
 
     def reason(entry: os.DirEntry) -> str | None:
         if any(ord(letter) < 32 or ord(letter) == 127 or 0xD800 <= ord(letter) < 0xE000 for letter in entry.name):
             return "its name holds control characters or is not UTF-8: rename it"
-        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
+        if entry.is_symlink() and not _real(entry.path).is_relative_to(inside):
             return f"a link that leaves {root}"
         return None
 
@@ -120,7 +120,7 @@ def scan(root: Path, split: str = "") -> Listing:
     for class_entry in entries(folder):
         if why := reason(class_entry):
             listing.skipped[_printable(name_of(class_entry))] = why
-        elif not class_entry.is_dir():
+        elif not os.path.isdir(class_entry.path):
             listing.skipped[name_of(class_entry)] = "not in a class folder"
         else:
             names = []
@@ -128,8 +128,10 @@ def scan(root: Path, split: str = "") -> Listing:
                 name = name_of(entry, class_entry.name)
                 if why := reason(entry):
                     listing.skipped[_printable(name)] = why
-                elif entry.is_dir():
+                elif os.path.isdir(entry.path):
                     listing.skipped[name] = "a folder within a class; images lie directly in the class folder"
+                elif not os.path.isfile(entry.path):  # opening a named pipe would wait for ever
+                    listing.skipped[name] = "not a file, or a link to nothing"
                 elif not entry.name.lower().endswith(OWN_SUFFIXES):
                     listing.skipped[name] = f"not an image by its suffix ({', '.join(OWN_SUFFIXES)})"
                 else:
@@ -142,6 +144,11 @@ def scan(root: Path, split: str = "") -> Listing:
             f"{folder} holds no class folders: expected one folder per class, with images ({', '.join(OWN_SUFFIXES)})"
         )
     return listing
+
+
+def _real(path: Path | str) -> Path:
+    """Where links lead; Path.resolve fails for one that leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _printable(name: str) -> str:

@@ -4,6 +4,7 @@ Where the paper trail of the benchmark leaves a value open, `params.yaml` says s
 """
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -202,13 +203,67 @@ class Audit:
     budget: str | int = field(default="auto", metadata={"expected": "auto or a number of rows"})
 
 
+MOST_VALUES = 100_000  # in a file, its aliases written out
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values. Not so many that a few lines of aliases could stand for any amount of memory; no key twice, of which YAML
+    would take the last and which DVC refuses; no number beyond 64 bits: one of a million digits cannot even be shown."""
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MOST_VALUES:
+            self._refuse("too many values, or one within itself", node)
+        return node
+
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                self._refuse(f"the key {key.value!r:.100} stands twice in one block", key)
+            seen.add((key.tag, str(key.value)))
+        return node
+
+    def construct_yaml_int(self, node):
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 1 << 63:
+            self._refuse("a whole number has more than 64 bits", node)
+        return value
+
+    def _refuse(self, words, where):
+        raise yaml.MarkedYAMLError(problem=words, problem_mark=where.start_mark)
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values in the node, aliases written out; infinite if it stands within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def load_yaml(text: str):
+    """What the text holds; raises ValueError, with one line, for what is not YAML or goes beyond plain values."""
+    try:
+        return yaml.load(text, _Loader)
+    except (
+        Exception
+    ) as error:  # beside YAMLError: of !!int "" IndexError, of !!bool x KeyError, of [[[[… RecursionError
+        raise ValueError(" ".join(f"{error}".split()) or type(error).__name__) from error
+
+
 def read(path: Path) -> dict:
     """The whole file as a mapping with the keys that it must have."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = load_yaml(Path(path).read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; run from the folder that holds it, or give --params") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
+    except ValueError as error:  # or it is not UTF-8
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping with setting, defense, seed, settings, defenses and filter")
@@ -219,6 +274,11 @@ def read(path: Path) -> dict:
     for key in ("settings", "defenses"):
         if not isinstance(values.get(key), dict):
             raise UserError(f"{path}: expected a block `{key}:` with one entry per name, got {values.get(key)!r}")
+    for key in ("setting", "defense"):
+        _check_name(values.get(key, "none"), f"{path}: {key}")
+    seed = values.get("seed", 0)
+    if type(seed) is not int or seed < 0:
+        raise UserError(f"{path}: seed is {seed!r}; expected a whole number from 0")
     _filter(values, path)  # told before the trainings, not after them
     audit = _build(Audit, values.get("audit", {}), f"{path}: audit")
     if audit.budget != "auto" and not (isinstance(audit.budget, int) and audit.budget >= 0):
@@ -231,10 +291,7 @@ def setting(path: Path, name: str) -> Setting:
     settings = read(path)["settings"]
     if name not in settings:
         raise UserError(f"setting {name!r} is not in {path}{_did_you_mean(name, settings)}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise UserError(
-            f"{path}: {name!r} cannot name a setting; it names a folder: letters, digits, _ and - only (a dot ends a word in DVC)"
-        )
+    _check_name(name, f"{path}: setting")
     found = _build(Setting, settings[name], f"{path}: settings.{name}")
     _check_poison(found.poison, f"{path}: settings.{name}.poison")
     if found.data.source in OWN_SOURCES:
@@ -250,6 +307,14 @@ def setting(path: Path, name: str) -> Setting:
                 f"{path}: settings.{name}.data.{key} belongs to the sources {' and '.join(OWN_SOURCES)}; leave it out"
             )
     return found
+
+
+def _check_name(name, where: str) -> None:
+    """dvc.yaml makes a folder's name of it, and a word of a command line."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise UserError(
+            f"{where}: {name!r} cannot name a folder: letters, digits, _ and - only (a dot ends a word in DVC)"
+        )
 
 
 def _check_own(data: Data, where: str) -> None:
@@ -358,6 +423,8 @@ def _value(hint, value, metadata, where: str):
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     wrong = type(value) not in options
+    if isinstance(value, str) and any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in value):
+        wrong = True  # no path holds such
     if not wrong and isinstance(value, int | float) and "low" in metadata:
         too_low = value <= metadata["low"] if metadata["low_open"] else value < metadata["low"]
         wrong = too_low or not value <= metadata["high"]

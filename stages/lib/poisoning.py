@@ -46,12 +46,12 @@ def read_index(path: Path) -> PoisonIndex:
     with storage.open_(path, "poison_index") as file:
         arrays = {name: file[name][:] for name in storage.SCHEMAS["poison_index"][1]}
         n = int(file.attrs["n"])
-        if len(arrays["rows"]) and not (arrays["rows"].min() >= 0 and arrays["rows"].max() < n):
-            raise UserError(f"{path}: rows outside 0 to {n - 1}; make it again with `dvc repro poison`")
         pictures, options = arrays.pop("pictures"), json.loads(file.attrs["triggers"])
-        if len(options) != len(pictures) or not np.isin(arrays["trigger"], np.arange(len(options))).all():
-            raise UserError(f"{path}: triggers outside 0 to {len(options) - 1}; make it again with `dvc repro poison`")
-        triggers = tuple(make(option, picture) for option, picture in zip(options, pictures, strict=True))
+        try:
+            triggers = tuple(make(option, picture) for option, picture in zip(options, pictures, strict=True))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            words = f"a trigger cannot be made of {file.attrs['triggers']:.200}"
+            raise UserError(f"{path}: {words}; make it again with `dvc repro poison`") from error
         fraction = storage.optional_fraction(file.attrs["poison_fraction"])
         return PoisonIndex(n, triggers=triggers, attack=file.attrs["attack"], poison_fraction=fraction, **arrays)
 
@@ -114,7 +114,12 @@ def open_poisoned(data: Path, index: Path) -> PoisonedData:
     with storage.open_(index, "poison_index") as file:
         storage.must_match("data set", index, file.attrs["data"], data)
     with storage.open_(data, "dataset") as file:
-        size = max(file["train/images"].shape[1:3])
+        size, labels = max(file["train/images"].shape[1:3]), file["train/labels"][:]
+        n_classes = len(json.loads(file.attrs["class_names"]))
+        if (poison.n, poison.goals.shape[1]) != (len(labels), n_classes) or (
+            labels[poison.rows] != poison.labels_before
+        ).any():
+            raise UserError(f"{index}: its rows or labels are not those of {data}; make it again (`dvc repro poison`)")
         return PoisonedData(
             data,
             poison,

@@ -5,6 +5,7 @@ under a name that is a digest of all that determines the training, and under a l
 """
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,7 +16,8 @@ from pathlib import Path
 import filelock
 import torch
 
-from stages.lib import runtime, stage
+from stages.lib import runtime, sealed, stage
+from stages.lib.errors import UserError
 
 MAX_COST = 0.01  # share of the training's time that saving may take
 
@@ -52,10 +54,11 @@ class Scratch:
         self.lock.release()
 
     def load(self) -> dict | None:
-        """The last state that was saved, or None. One that cannot be read is as good as none."""
+        """The last state that was saved, or None. One that cannot be read or was damaged is as good as none."""
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+            content = sealed.content(self.path)
+            return content and torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (OSError, UserError, pickle.UnpicklingError):
             return None
 
     def offer(self, state) -> None:
@@ -66,7 +69,8 @@ class Scratch:
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             torch.save(state(), file)
-            file.flush()
+        sealed.seal(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
         self.saved = time.monotonic()

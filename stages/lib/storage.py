@@ -1,7 +1,9 @@
 """The HDF5 files between the stages: their kinds, their shapes, and what each was made from.
 
 Every file carries ``kind``, ``schema_version`` and the SHA-256 of the files it was made from, and is byte-stable: the
-same content gives the same bytes (h5py tracks no times by default), so that a re-run changes nothing downstream.
+same content gives the same bytes (h5py tracks no times by default), so that a re-run changes nothing downstream. It ends
+with a seal, the SHA-256 of its content, which is checked before anything is read; features alone may come from elsewhere,
+without one and without the attribute ``checkpoint``.
 
 dataset        train/images (N, H, W, C) uint8, train/labels (N,) int64, test/images, test/labels; attributes
                class_names, mean and std (per channel, of the training images, in units of [0, 1]), pad_to
@@ -18,21 +20,47 @@ scores         scores (N,) float64, higher = more suspicious; attributes defense
 kept_rows      rows (K,) int64 rising; attributes n, index (digest)
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from stages.lib import foreign_hdf5, sealed
 from stages.lib.errors import UserError
 
 SCHEMA_VERSIONS = {"dataset": 1, "poison_index": 2, "features": 1, "scores": 1, "kept_rows": 1}
 POISON, COVER = 1, 2
 
-# kind -> (stage that makes it, {data set: (dtype, number of dimensions)}, attributes)
-SCHEMAS: dict[str, tuple[str, dict[str, tuple[str, int]], tuple[str, ...]]] = {
+
+def _text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value) -> bool:
+    found = json.loads(value)
+    return isinstance(found, list) and all(isinstance(word, str) for word in found)
+
+
+def _whole(value) -> bool:
+    return isinstance(value, int | np.integer) and value >= 0
+
+
+def _fraction(value) -> bool:
+    return isinstance(value, float) and (np.isnan(value) or 0 < value <= 0.5)
+
+
+def _vector(value) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iuf"
+
+
+# kind -> (stage that makes it, {data set: (dtype, number of dimensions)}, {attribute: check of its value}); an attribute
+# whose name ends in `?` may be missing
+SCHEMAS: dict[str, tuple[str, dict[str, tuple[str, int]], dict[str, Callable[[Any], bool]]]] = {
     "dataset": (
         "prepare",
         {
@@ -41,7 +69,7 @@ SCHEMAS: dict[str, tuple[str, dict[str, tuple[str, int]], tuple[str, ...]]] = {
             "test/images": ("uint8", 4),
             "test/labels": ("int64", 1),
         },
-        ("class_names", "mean", "std", "pad_to"),
+        {"class_names": _texts, "mean": _vector, "std": _vector, "pad_to": _whole},
     ),
     "poison_index": (
         "poison",
@@ -56,15 +84,26 @@ SCHEMAS: dict[str, tuple[str, dict[str, tuple[str, int]], tuple[str, ...]]] = {
             "goals": ("int64", 2),
             "pictures": ("uint8", 4),
         },
-        ("n", "attack", "triggers", "poison_fraction", "data"),
+        {"n": _whole, "attack": _text, "triggers": _text, "poison_fraction": _fraction, "data": _text},
     ),
     "features": (
         "extract",
         {"features": ("float32", 2), "logits": ("float32", 2), "labels": ("int64", 1)},
-        ("poison_fraction",),
+        {"poison_fraction": _fraction, "index?": _text, "checkpoint?": _text},
     ),
-    "scores": ("score", {"scores": ("float64", 1)}, ("defense", "poison_fraction", "index")),
-    "kept_rows": ("filter", {"rows": ("int64", 1)}, ("n", "index")),
+    "scores": (
+        "score",
+        {"scores": ("float64", 1)},
+        {
+            "defense": _text,
+            "poison_fraction": _fraction,
+            "index": _text,
+            "relies_on?": _text,
+            "n_suspected?": _whole,
+            "suspected_classes?": _vector,
+        },
+    ),
+    "kept_rows": ("filter", {"rows": ("int64", 1)}, {"n": _whole, "index": _text}),
 }
 ONE_LENGTH = {  # data sets that hold one value or row per sample
     "dataset": (("train/images", "train/labels"), ("test/images", "test/labels")),
@@ -79,9 +118,9 @@ ONE_LENGTH = {  # data sets that hold one value or row per sample
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of the file, as hex."""
-    with _readable(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of the file's content, without its seal, as hex."""
+    with _readable(path):
+        return sealed.check(path)[0]
 
 
 def digest_array(array: np.ndarray) -> str:
@@ -89,14 +128,16 @@ def digest_array(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
-def create(path: Path, kind: str, attributes: Mapping[str, Any]) -> h5py.File:
-    """A new file of that kind, open for writing; the caller adds the data sets and closes it."""
-    file = h5py.File(path, "w")
-    file.attrs["kind"] = kind
-    file.attrs["schema_version"] = SCHEMA_VERSIONS[kind]
-    for name, value in attributes.items():
-        file.attrs[name] = value
-    return file
+@contextlib.contextmanager
+def create(path: Path, kind: str, attributes: Mapping[str, Any]) -> Iterator[h5py.File]:
+    """A new file of that kind, open for writing; the caller adds the data sets. Sealed at the end."""
+    with h5py.File(path, "w") as file:
+        file.attrs["kind"] = kind
+        file.attrs["schema_version"] = SCHEMA_VERSIONS[kind]
+        for name, value in attributes.items():
+            file.attrs[name] = value
+        yield file
+    sealed.seal(path)
 
 
 def write(path: Path, kind: str, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
@@ -106,7 +147,7 @@ def write(path: Path, kind: str, arrays: Mapping[str, np.ndarray], attributes: M
 
 
 def open_(path: Path, kind: str) -> h5py.File:
-    """Open for reading and check kind, version, data sets, types and shapes; the caller closes it.
+    """Open for reading and check seal, kind, version, data sets, types, shapes and values; the caller closes it.
 
     Raises `UserError` with one line that names the file and the stage that makes it.
     """
@@ -117,10 +158,13 @@ def open_(path: Path, kind: str) -> h5py.File:
         else "make it again with `dvc repro extract`, or see the schema in stages/lib/storage.py"
     )
     with _readable(path):
+        is_sealed = sealed.check(path)[1]
+        if not is_sealed and kind != "features":
+            raise UserError(f"{path}: not a readable HDF5 file, perhaps cut short (its seal is missing); {again}")
+        if not is_sealed:
+            foreign_hdf5.check(path, tuple(data_sets))
         try:
             file = h5py.File(path, "r")
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            raise
         except OSError as error:
             raise UserError(f"{path}: not a readable HDF5 file, perhaps cut short ({error}); {again}") from error
     try:
@@ -130,12 +174,17 @@ def open_(path: Path, kind: str) -> h5py.File:
         version, expected = file.attrs.get("schema_version"), SCHEMA_VERSIONS[kind]
         if np.ndim(version) or version != expected:
             raise UserError(f"{path}: schema version {version}, expected {expected}; {again}")
-        for name in attributes:
-            if name not in file.attrs:
+        if not is_sealed and "checkpoint" in file.attrs:
+            raise UserError(f"{path}: cut short or changed since it was written (its seal is missing); {again}")
+        for name, good in attributes.items():
+            value = file.attrs.get(name.removesuffix("?"))
+            if value is None and not name.endswith("?"):
                 raise UserError(f"{path}: attribute {name!r} is missing; {again}")
+            if value is not None and not good(value):
+                raise UserError(f"{path}: attribute {name.removesuffix('?')!r} is {value!r:.100}; {again}")
         for name, (dtype, ndim) in data_sets.items():
-            data = file.get(name)
-            if not isinstance(data, h5py.Dataset):
+            data = foreign_hdf5.data_set(file, name)
+            if data is None:
                 raise UserError(f"{path}: data set {name!r} is missing; {again}")
             if data.ndim != ndim or not _is(data.dtype, dtype):
                 raise UserError(
@@ -147,10 +196,80 @@ def open_(path: Path, kind: str) -> h5py.File:
                 raise UserError(
                     f"{path}: {', '.join(f'{n} has {k}' for n, k in lengths.items())} rows, expected one number; {again}"
                 )
+        if kind in CHECKS:
+            CHECKS[kind](file)
+    except Exception as error:
+        file.close()
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: {' '.join(str(error).split())}; {again}") from error  # h5py's, or of CHECKS
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _expect(good, words: str) -> None:
+    if not good:
+        raise ValueError(words)
+
+
+def _check_dataset(file: h5py.File) -> None:
+    shape = file["train/images"].shape[1:]
+    _expect(shape == file["test/images"].shape[1:], "training and test images differ in shape")
+    _expect(shape[2] in (1, 3) and min(shape) > 0, f"images have shape {shape}, expected (H, W, 1 or 3)")
+    _expect(file.attrs["pad_to"] >= max(shape[:2]), f"pad_to is {file.attrs['pad_to']}, less than the images' size")
+    mean, std = file.attrs["mean"], file.attrs["std"]
+    _expect(len(mean) == len(std) == shape[2], f"mean and std are not of {shape[2]} channels")
+    _expect(np.isfinite([*mean, *std]).all() and (std > 0).all(), "mean or std is no number")
+    n_classes = len(json.loads(file.attrs["class_names"]))
+    for name in ("train/labels", "test/labels"):
+        labels = file[name][:]
+        _expect(((labels >= 0) & (labels < n_classes)).all(), f"{name} are not all 0 to {n_classes - 1}")
+
+
+def _check_index(file: h5py.File) -> None:
+    n, (n_triggers, n_classes) = file.attrs["n"], file["goals"].shape
+    limits = {
+        "rows": (0, n),
+        "role": (POISON, COVER + 1),
+        "target": (-1, n_classes),
+        "labels_before": (0, n_classes),
+        "labels_after": (0, n_classes),
+        "trigger": (0, n_triggers),
+        "variant": (0, np.inf),
+        "goals": (-1, n_classes),
+    }
+    for name, (low, high) in limits.items():
+        values = file[name][:]
+        what = "triggers" if name == "trigger" else name
+        _expect(((values >= low) & (values < high)).all(), f"{what} outside {low} to {high - 1}")
+    _expect((np.diff(file["rows"][:]) > 0).all(), "rows do not rise")
+    options = json.loads(file.attrs["triggers"])
+    _expect(isinstance(options, list) and len(options) == n_triggers, f"not {n_triggers} triggers")
+    for name, value in (item for option in options for item in option.items()):
+        good = isinstance(value, str) or 0 < value < np.inf or (name == "cover_ratio" and value == 0)
+        _expect(good, f"the trigger's {name} is {value!r:.100}")
+
+
+def _check_scores(file: h5py.File) -> None:
+    _expect(np.isfinite(file["scores"][:]).all(), "holds NaN or infinite scores")
+    suspected = file.attrs.get("suspected_classes", np.zeros(0, np.int64))
+    _expect(suspected.dtype.kind in "iu" and (suspected >= 0).all(), "suspected_classes are no class numbers")
+
+
+def _check_rows(file: h5py.File) -> None:
+    rows, n = file["rows"][:], file.attrs["n"]
+    _expect(((rows >= 0) & (rows < n)).all(), f"rows outside 0 to {n - 1}")
+    _expect((np.diff(rows) > 0).all(), "rows do not rise")
+
+
+CHECKS = {  # of values; those of features are `defenses.score`'s
+    "dataset": _check_dataset,
+    "poison_index": _check_index,
+    "scores": _check_scores,
+    "kept_rows": _check_rows,
+}
 
 
 def must_match(what: str, path: Path, recorded: str, other: Path) -> None:

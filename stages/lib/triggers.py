@@ -15,6 +15,15 @@ from stages.lib.errors import UserError
 NOISE_SEED = 0  # the Blend pattern is the same in every experiment: it belongs to the attack, not to the seed
 NOISE_CELLS = 8  # grid of random values that is enlarged to the image: smooth enough to survive crops and JPEG
 WARP_SEED = 0  # as NOISE_SEED, for the control grid of WaNet
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # of a picture: not those that start other programs (EPS)
 SUBPIXELS = 256  # a warp fetches from whole multiples of 1/256 of a pixel, so that its bytes are the same everywhere
 BLOCK = 256  # images at a time: 50,000 would need gigabytes for what is computed on the way
 
@@ -128,7 +137,10 @@ def picture(options: dict, shape: tuple[int, int, int]) -> np.ndarray:
     if pattern == "noise":
         return _smooth_noise(height, width, channels)
     try:
-        with Image.open(Path(pattern).expanduser()) as file:
+        path = Path(pattern).expanduser()
+        if not path.is_file():  # a named pipe would be waited for
+            raise ValueError("no such file")
+        with Image.open(path, formats=FORMATS) as file:
             file = file.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
             return np.asarray(file).reshape(shape)
     except Exception as error:  # a broken file makes Pillow raise SyntaxError, ValueError, struct.error, …
