@@ -74,4 +74,5 @@ class Scratch:
 
     def remove(self) -> None:
         """When the result is published."""
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_suffix(".tmp")):  # the latter from a process killed while it saved
+            path.unlink(missing_ok=True)

@@ -23,12 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _sources() -> dict[Path, bytes]:
-    files = [*ROOT.glob("stages/**/*.py"), *ROOT.glob("defenses/*.py")]
+    files = [path for folder in ("analysis", "defenses", "stages") for path in ROOT.glob(f"{folder}/**/*.py")]
     return {path: hashlib.sha256(path.read_bytes()).digest() for path in files}
 
 
 _STARTED = time.monotonic()
-_SOURCES = _sources()  # taken when the stage starts: this module is among the first that it imports
+_SOURCES = _sources()  # when the stage starts: stages/__init__.py imports this module before anything else
+_PARENT = os.getppid()  # DVC, if it runs the stage
 
 
 class Outputs:
@@ -68,19 +69,19 @@ class Outputs:
     def __exit__(self, kind, error, traceback) -> None:
         try:
             if kind is None:
-                self._check_unchanged()
                 if self.resources:
                     self.temporary[self.resources].write_text(json.dumps(_resources(), indent=2) + "\n")
                 for temporary in self.temporary.values():
                     with open(temporary, "rb") as file:
                         os.fsync(file.fileno())
+                self._check_may_publish()
                 for path, temporary in self.temporary.items():  # not before all of them are safe
                     os.replace(temporary, path)
         finally:
             for temporary in self.temporary.values():
                 temporary.unlink(missing_ok=True)
 
-    def _check_unchanged(self) -> None:
+    def _check_may_publish(self) -> None:
         changed = [str(path) for path, before in self.before.items() if _identity(path) != before]
         try:
             if self.parameters() != self.parameters_before:
@@ -93,6 +94,9 @@ class Outputs:
                 changed.append(str(path.relative_to(ROOT)))
         if changed:
             raise UserError(f"{', '.join(changed)} changed while this stage ran: nothing was written; run it again")
+        # DVC was killed and the stage was not: another `dvc repro` may be at work on the same files by now.
+        if "DVC_STAGE" in os.environ and os.getppid() != _PARENT:
+            raise UserError("the dvc that started this stage has ended: nothing was written; run `dvc repro` again")
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
