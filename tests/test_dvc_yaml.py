@@ -74,7 +74,8 @@ def test_package_markers_hold_nothing_that_changes_a_result():
         docstring, *body = ast.parse((ROOT / path).read_text()).body
         assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
         for node in body:
-            assert ast.unparse(node) in ("import os", "import stages.lib.stage") or ast.unparse(node).startswith("os.environ.setdefault('GOMP_")
+            text = ast.unparse(node)
+            assert text in ("import os", "import stages.lib.stage") or text.startswith("os.environ.setdefault('GOMP_")
 
 
 def test_a_defense_file_invalidates_score_alone():

@@ -7,6 +7,7 @@ file it has read is not what it was at the start.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -69,17 +70,29 @@ class Outputs:
     def __exit__(self, kind, error, traceback) -> None:
         try:
             if kind is None:
-                if self.resources:
-                    self.temporary[self.resources].write_text(json.dumps(_resources(), indent=2) + "\n")
-                for temporary in self.temporary.values():
-                    with open(temporary, "rb") as file:
-                        os.fsync(file.fileno())
-                self._check_may_publish()
-                for path, temporary in self.temporary.items():  # not before all of them are safe
-                    os.replace(temporary, path)
+                self._publish()
+            elif isinstance(error, OSError):
+                raise error
+        except OSError as full:
+            if full.filename is None and full.errno in (errno.ENOSPC, errno.EDQUOT):  # which Python does not name
+                names = ", ".join(map(str, self.temporary))
+                raise UserError(
+                    f"{names}: {os.strerror(full.errno)}; nothing was written; make space and run it again"
+                ) from full
+            raise
         finally:
             for temporary in self.temporary.values():
                 temporary.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        if self.resources:
+            self.temporary[self.resources].write_text(json.dumps(_resources(), indent=2) + "\n")
+        for temporary in self.temporary.values():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        self._check_may_publish()
+        for path, temporary in self.temporary.items():  # not before all of them are safe
+            os.replace(temporary, path)
 
     def _check_may_publish(self) -> None:
         changed = [str(path) for path, before in self.before.items() if _identity(path) != before]
@@ -152,7 +165,8 @@ def naming(path: Path):
         yield
     except OSError as error:
         if error.filename is None:
-            raise UserError(f"{path}: cannot be written ({error}); nothing was changed") from error
+            why = os.strerror(error.errno) if error.errno else error  # HDF5 tells a long story
+            raise UserError(f"{path}: cannot be written ({why}); nothing was changed") from error
         raise
 
 
