@@ -64,11 +64,11 @@ class Undisturbed:
         (self.folder / "hold").unlink()
 
 
-def until(true, seconds=300) -> None:
-    end = time.monotonic() + seconds
+def until(true, every=0.02) -> None:
+    end = time.monotonic() + 1800  # seconds; only to come to an end at all
     while not true():
         assert time.monotonic() < end
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_two_queue_workers(done, tmp_path):
     for defense in defenses:
         clone.dvc("exp", "run", "--queue", "-n", defense, "-S", f"defense={defense}")
     clone.dvc("queue", "start", "--jobs", "2")
-    until(lambda: len(re.findall(r"Success|Failed", clone.dvc("queue", "status"))) == 2)
+    until(lambda: len(re.findall(r"Success|Failed", clone.dvc("queue", "status"))) == 2, every=5)
     for defense in defenses:
         ref = clone.git("for-each-ref", "--format=%(refname)", f"refs/exps/**/{defense}").strip()
         found = json.loads(clone.git("show", f"{ref}:artifacts/metrics.json"))
