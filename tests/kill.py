@@ -115,8 +115,11 @@ def figures(folder: Path) -> dict[str, object]:
 
 
 def damaged(cache: Path) -> list[Path]:
-    """Objects of a DVC cache whose content has another hash than their name; half-written ones are among them."""
-    objects = [path for path in (cache / "files/md5").rglob("*") if path.is_file()]
+    """Objects of a DVC cache whose content has another hash than their name.
+
+    A copy that was cut off has a temporary name, `.….tmp`, stays there and is never read.
+    """
+    objects = [path for path in (cache / "files/md5").rglob("[!.]*") if path.is_file()]
     assert objects
     return [path for path in objects if hashlib.md5(path.read_bytes()).hexdigest() != path.parent.name + path.name]
 

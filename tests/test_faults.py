@@ -197,11 +197,11 @@ def test_a_source_is_edited_while_score_runs(forgotten, name, old, new):
 @pytest.mark.parametrize("what", ["a parameter", "an input", "a module"])
 def test_an_edit_while_the_victim_is_trained(done, what):
     folder, clone = done.folder, done.clone
-    edit(folder / "params.yaml", "epochs: 1\n", "epochs: 60\n")
+    edit(folder / "params.yaml", "epochs: 1\n", "epochs: 20\n")
     repro = Repro(clone)
     until(lambda: "victim: resnet20 on" in repro.log.read_text())
     if what == "a parameter":
-        edit(folder / "params.yaml", "epochs: 60\n", "epochs: 2\n")
+        edit(folder / "params.yaml", "epochs: 20\n", "epochs: 2\n")
         refused(repro, "train_victim", "the parameters")
     elif what == "a module":
         edit(folder / "stages/lib/training.py", "import", "\nimport")
@@ -215,7 +215,7 @@ def test_an_edit_while_the_victim_is_trained(done, what):
         os.replace(folder / "other.h5", data)
         refused(repro, "train_victim", "artifacts/tiny/data.h5")
     victim = checkpoints.load(folder / "artifacts/tiny/seed1/victim.pt")
-    assert len(victim.history) == (2 if what == "a parameter" else 60)
+    assert len(victim.history) == (2 if what == "a parameter" else 20)
     clone.git("checkout", "-q", ".")
     clone.dvc("repro", "dvc.yaml")
     check(clone, done.figures)
