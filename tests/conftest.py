@@ -4,6 +4,8 @@ import contextlib
 import copy
 import io
 import runpy
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -62,6 +64,29 @@ def command():
         return Ended(status, out.getvalue(), err.getvalue())
 
     return run
+
+
+class Disk(NamedTuple):
+    folder: Path
+
+    def leave(self, free: int) -> None:
+        """Fill it with a file `filler` so that so many bytes are free."""
+        (self.folder / "filler").unlink(missing_ok=True)
+        (self.folder / "filler").write_bytes(bytes(shutil.disk_usage(self.folder).free - free))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 8 MB (a tmpfs, which needs Linux and root)."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        sys.platform != "linux"
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode
+    ):
+        pytest.skip("a small disk cannot be mounted here: it takes Linux and root")
+    yield Disk(folder)
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="session")

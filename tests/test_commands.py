@@ -107,6 +107,35 @@ def test_the_chain_leaves_its_outputs_and_nothing_else(chain):
     assert not [path for path in files_of(chain.folder) if path.startswith(".scratch/")]
 
 
+def full_disks():
+    """Bytes that are free: none, too few for any output, enough for HDF5 to begin and for small outputs."""
+    for name in COMMANDS:
+        yield pytest.param(name, 0, marks=pytest.mark.slow)
+        yield pytest.param(name, 4096, marks=[pytest.mark.slow] if name in ("oracle", "retrained", "evaluate") else [])
+    yield from ((name, storage.RESERVE + 4096) for name in ("prepare", "extract"))
+
+
+@pytest.mark.parametrize(("name", "free"), list(full_disks()))
+def test_a_full_disk_is_one_line_and_nothing_is_half_written(chain, small_disk, name, free):
+    """In a process of its own, since HDF5 may take the whole process with it."""
+    out, words = f"{small_disk.folder}/", ("--resources", f"{small_disk.folder}/resources.json")
+    small_disk.leave(free)
+    stage, *options = COMMANDS[name].format(out=out, setting=chain.setting, defense=chain.defense).split()
+    ended = subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}", *options, *words], capture_output=True, text=True,
+        cwd=chain.folder, env=os.environ | {"PYTHONPATH": str(ROOT), "BACKDOOR_DEVICE": "cpu"},
+    )  # fmt: skip
+    said = [line for line in ended.stderr.splitlines() if "epoch 1/1" not in line]
+    assert ended.returncode == 1 and len(said) == 1, ended
+    assert f"{out}" in said[0] and "No space left on device" in said[0]
+    assert [path.name for path in small_disk.folder.rglob("*") if path.is_file()] == ["filler"]
+    (small_disk.folder / "filler").unlink()
+    assert chain.run(name, out, words).status == 0
+    found = files_of(small_disk.folder)
+    del found["resources.json"]
+    assert found == {path: files_of(chain.folder / "a")[path] for path in found}
+
+
 def test_the_oracle_and_a_filter_that_keeps_the_same_rows_give_the_same_model(chain, tmp_path):
     index = read_index(chain.folder / "a/poison.h5")
     about = {"n": index.n, "index": storage.digest(chain.folder / "a/poison.h5")}

@@ -31,9 +31,9 @@ RIGHT = ["score", "filter", "retrain", "evaluate"]
 
 
 class Clone:
-    """A checkout of the working tree with the one-epoch settings `tiny` and `other`."""
+    """A checkout of the working tree, at that setting, with the one-epoch settings `tiny` and `other`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, setting="tiny"):
         self.folder = folder
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -45,7 +45,7 @@ class Clone:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, target)
         params = yaml.safe_load((folder / "params.yaml").read_text())
-        params |= {"setting": "tiny", "defense": "confidence_filter", "seed": 1}
+        params |= {"setting": setting, "defense": "confidence_filter", "seed": 1}
         params["settings"] |= {"tiny": TINY, "other": TINY | {"data": TINY["data"] | {"train_per_class": 25}}}
         (folder / "params.yaml").write_text(yaml.safe_dump(params))
         self.git("init", "-q")
@@ -61,18 +61,23 @@ class Clone:
         self.git("add", "-A")
         self.git("commit", "-q", "-m", message)
 
-    def dvc(self, *words, fails=False):
+    def start(self, *words, **options) -> subprocess.Popen:
+        """A DVC command under way; options are those of Popen."""
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "BACKDOOR_DEVICE": "cpu",
             "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org",
             "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org",
         }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", *words], cwd=self.folder, capture_output=True, text=True, env=environment
+        return subprocess.Popen(
+            [sys.executable, "-m", "dvc", *words], cwd=self.folder, text=True, env=environment, **options
         )
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        return done.stdout + done.stderr
+
+    def dvc(self, *words, fails=False):
+        done = self.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stdout, stderr = done.communicate()
+        assert (done.returncode != 0) == fails, stdout + stderr
+        return stdout + stderr
 
     def ran(self, *words) -> list[str]:
         """Names of the stages whose command ran, sorted."""

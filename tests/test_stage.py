@@ -176,6 +176,44 @@ def test_nothing_is_written_if_a_loaded_module_changed(tmp_path, edited, changed
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_a_module_edited_while_the_next_ones_are_imported_is_seen(tmp_path):
+    """torch takes seconds, and what was loaded before it may be edited meanwhile."""
+    for name in ("stages", "defenses"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    edit = "from stages.lib import errors\nopen(errors.__file__, 'a').write('# edited')\n"
+    (tmp_path / "script.py").write_text(edit + SCRIPT)
+    done = subprocess.run([sys.executable, "script.py", ""], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.startswith("stages/lib/errors.py changed while") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("by_dvc", [True, False])
+def test_nothing_is_written_if_dvc_has_ended(folder, monkeypatch, by_dvc):
+    monkeypatch.setattr(stage, "_PARENT", os.getppid() + 1)
+    if by_dvc:
+        monkeypatch.setenv("DVC_STAGE", "score")
+        assert "the dvc that started this stage has ended" in refused(folder, lambda: None)
+    else:  # a shell that was closed
+        monkeypatch.delenv("DVC_STAGE", raising=False)
+        with stage.Outputs([folder / "out"], []) as temporary:
+            temporary[folder / "out"].write_text("new")
+        assert (folder / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["body", "resources"])
+def test_a_full_disk_is_named(folder, monkeypatch, where):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if where == "resources":
+        monkeypatch.setattr(stage, "_resources", full)
+    outputs = stage.Outputs([folder / "old"], [], resources=folder / "resources.json")
+    with pytest.raises(UserError, match=f"{folder / 'old'}, .*No space left .*make space"), outputs as temporary:
+        temporary[folder / "old"].write_text("new")
+        if where == "body":
+            full()
+    assert content(folder) == {"input": "input", "old": "old"}
+
+
 def test_leftovers_of_dead_processes_are_removed(folder):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

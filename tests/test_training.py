@@ -229,6 +229,17 @@ def test_saving_takes_at_most_one_percent(tmp_path, monkeypatch):
     assert saves[0] >= keeper.min_seconds
 
 
+def test_a_full_disk_does_not_end_a_training(tmp_path, small_disk, capsys):
+    keeper = scratch.Scratch({}, small_disk.folder, 0)
+    keeper.offer(lambda: {"epoch": 1})
+    small_disk.leave(4096)
+    for _ in range(2):
+        keeper.saved -= 100
+        keeper.offer(lambda: {"weights": torch.zeros(10_000)})
+    assert capsys.readouterr().err.count(f"{keeper.path}: No space left on device; training goes on") == 1
+    assert keeper.load() == {"epoch": 1} and not list(small_disk.folder.glob("*.tmp"))
+
+
 def test_scratch_belongs_to_one_training(tmp_path):
     one, same, other = (scratch.Scratch({"seed": seed}, tmp_path, 0) for seed in (1, 1, 2))
     monotonic = time.monotonic() - 100

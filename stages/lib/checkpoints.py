@@ -40,7 +40,7 @@ class Checkpoint:
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write to `path`; the same content gives the same bytes.
 
-    A file object, since torch.save embeds the stem of a path; JSON for all but the tensors, since a pickle's bytes
+    Not to the path itself, since torch.save embeds the stem of a path; JSON for all but the tensors, since a pickle's bytes
     depend on which equal strings are one object.
     """
     about = {
@@ -53,10 +53,16 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in checkpoint.state.items()
     }
-    with open(path, "wb") as file:
-        content = {"kind": "checkpoint", "schema_version": SCHEMA_VERSION, "about": json.dumps(about), "state": state}
-        torch.save(content, file)
+    content = {"kind": "checkpoint", "schema_version": SCHEMA_VERSION, "about": json.dumps(about), "state": state}
+    Path(path).write_bytes(serialized(content))
     sealed.seal(path)
+
+
+def serialized(content: dict) -> bytes:
+    """What torch.save writes. To a full disk it would raise a RuntimeError about positions, where a file says OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def load(path: Path) -> Checkpoint:

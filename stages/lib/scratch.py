@@ -39,7 +39,7 @@ class Scratch:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.pt"
         self.lock = filelock.FileLock(self.path.with_suffix(".lock"))
-        self.min_seconds, self.cost = min_seconds, 0.0
+        self.min_seconds, self.cost, self.failed = min_seconds, 0.0, False
         self.saved = time.monotonic()
 
     def __enter__(self) -> "Scratch":
@@ -66,16 +66,24 @@ class Scratch:
         started = time.monotonic()
         if started - self.saved < max(self.min_seconds, self.cost / MAX_COST):
             return
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(state(), file)
-        sealed.seal(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        temporary, content = self.path.with_suffix(".tmp"), io.BytesIO()
+        torch.save(state(), content)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.getbuffer())
+            sealed.seal(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except OSError as error:  # a full disk is no reason to lose the training
+            temporary.unlink(missing_ok=True)
+            if not self.failed:
+                print(f"{self.path}: {error.strerror}; training goes on, but could not be resumed", file=sys.stderr)
+            self.failed = True
         self.saved = time.monotonic()
         self.cost = self.saved - started
 
     def remove(self) -> None:
         """When the result is published."""
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_suffix(".tmp")):  # the latter from a process killed while it saved
+            path.unlink(missing_ok=True)

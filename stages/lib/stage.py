@@ -7,6 +7,7 @@ file it has read is not what it was at the start.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,12 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _sources() -> dict[Path, bytes]:
-    files = [*ROOT.glob("stages/**/*.py"), *ROOT.glob("defenses/*.py")]
+    files = [path for folder in ("analysis", "defenses", "stages") for path in ROOT.glob(f"{folder}/**/*.py")]
     return {path: hashlib.sha256(path.read_bytes()).digest() for path in files}
 
 
 _STARTED = time.monotonic()
-_SOURCES = _sources()  # taken when the stage starts: this module is among the first that it imports
+_SOURCES = _sources()  # when the stage starts: stages/__init__.py imports this module before anything else
+_PARENT = os.getppid()  # DVC, if it runs the stage
 
 
 class Outputs:
@@ -68,19 +70,31 @@ class Outputs:
     def __exit__(self, kind, error, traceback) -> None:
         try:
             if kind is None:
-                self._check_unchanged()
-                if self.resources:
-                    self.temporary[self.resources].write_text(json.dumps(_resources(), indent=2) + "\n")
-                for temporary in self.temporary.values():
-                    with open(temporary, "rb") as file:
-                        os.fsync(file.fileno())
-                for path, temporary in self.temporary.items():  # not before all of them are safe
-                    os.replace(temporary, path)
+                self._publish()
+            elif isinstance(error, OSError):
+                raise error
+        except OSError as full:
+            if full.filename is None and full.errno in (errno.ENOSPC, errno.EDQUOT):  # which Python does not name
+                names = ", ".join(map(str, self.temporary))
+                raise UserError(
+                    f"{names}: {os.strerror(full.errno)}; nothing was written; make space and run it again"
+                ) from full
+            raise
         finally:
             for temporary in self.temporary.values():
                 temporary.unlink(missing_ok=True)
 
-    def _check_unchanged(self) -> None:
+    def _publish(self) -> None:
+        if self.resources:
+            self.temporary[self.resources].write_text(json.dumps(_resources(), indent=2) + "\n")
+        for temporary in self.temporary.values():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        self._check_may_publish()
+        for path, temporary in self.temporary.items():  # not before all of them are safe
+            os.replace(temporary, path)
+
+    def _check_may_publish(self) -> None:
         changed = [str(path) for path, before in self.before.items() if _identity(path) != before]
         try:
             if self.parameters() != self.parameters_before:
@@ -93,6 +107,9 @@ class Outputs:
                 changed.append(str(path.relative_to(ROOT)))
         if changed:
             raise UserError(f"{', '.join(changed)} changed while this stage ran: nothing was written; run it again")
+        # DVC was killed and the stage was not: another `dvc repro` may be at work on the same files by now.
+        if "DVC_STAGE" in os.environ and os.getppid() != _PARENT:
+            raise UserError("the dvc that started this stage has ended: nothing was written; run `dvc repro` again")
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -148,7 +165,8 @@ def naming(path: Path):
         yield
     except OSError as error:
         if error.filename is None:
-            raise UserError(f"{path}: cannot be written ({error}); nothing was changed") from error
+            why = os.strerror(error.errno) if error.errno else error  # HDF5 tells a long story
+            raise UserError(f"{path}: cannot be written ({why}); nothing was changed") from error
         raise
 
 

@@ -23,6 +23,8 @@ kept_rows      rows (K,) int64 rising; attributes n, index (digest)
 import contextlib
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from stages.lib.errors import UserError
 
 SCHEMA_VERSIONS = {"dataset": 1, "poison_index": 2, "features": 1, "scores": 1, "kept_rows": 1}
 POISON, COVER = 1, 2
+RESERVE = 1 << 20  # bytes; more than HDF5 holds back of our files
 
 
 def _text(value) -> bool:
@@ -130,8 +133,18 @@ def digest_array(array: np.ndarray) -> str:
 
 @contextlib.contextmanager
 def create(path: Path, kind: str, attributes: Mapping[str, Any]) -> Iterator[h5py.File]:
-    """A new file of that kind, open for writing; the caller adds the data sets. Sealed at the end."""
-    with h5py.File(path, "w") as file:
+    """A new file of that kind, open for writing; the caller adds the data sets. Sealed at the end.
+
+    Where HDF5 cannot write what it has held back, it ends the process with a segmentation fault (h5py 3.16, HDF5 2.0). So
+    nothing of the data is held back (no sieve buffer), and space is held for the rest, given free for closing the file.
+    """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_EARLIEST, h5py.h5f.LIBVER_LATEST)  # h5py's default
+    access.set_sieve_buf_size(1)
+    opened = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fapl=access)
+    with h5py.File(opened) as file, tempfile.TemporaryFile(dir=Path(path).parent) as reserve:
+        reserve.write(bytes(RESERVE))
+        reserve.flush()
         file.attrs["kind"] = kind
         file.attrs["schema_version"] = SCHEMA_VERSIONS[kind]
         for name, value in attributes.items():
