@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from test_pipeline import LEFT, RIGHT, Clone
 
-from analysis import campaign, seeds
+from analysis import campaign, grid
 from analysis.campaign import Campaign
 from analysis.eligible import eligible
+from analysis.grid import Cell
 from analysis.queue import EXPERIMENT, ROW, WORKERS, Queue
 from analysis.schema import SCHEMA_VERSION
-from analysis.seeds import Cell
 
 WORDS = ["--settings", "tiny", "--seeds", "1"]
 
@@ -112,7 +112,7 @@ def test_mistakes_are_told_before_anything_is_queued(clone, words, told):
 
 
 def test_a_budget_with_leading_zeros_is_the_same_budget():
-    assert [cell.name for cell in seeds.choose(["quick"], ["random_filter"], [1, 1], "072")] == [
+    assert [cell.name for cell in grid.choose(["quick"], ["random_filter"], [1, 1], "072")] == [
         "quick-random_filter-seed1-budget72"
     ]
 
