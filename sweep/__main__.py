@@ -14,7 +14,6 @@ a DVC remote (--remote). Every machine needs the same Python, Ray and dependenci
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -134,10 +133,12 @@ def token(folder: Path):
 
 
 def main(args) -> int:
-    if importlib.util.find_spec("ray") is None:
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
         raise UserError(
             "Ray is not installed; `pip install '.[cluster]'`, or use `python -m analysis.seeds` on one machine"
-        )
+        ) from error
     for option, value, least in (
         ("--cpus-per-training", args.cpus_per_training, 0.01),
         ("--gpus-per-training", args.gpus_per_training or 0, 0),

@@ -27,18 +27,18 @@ def clone(tmp_path_factory):
     return Clone(tmp_path_factory.mktemp("seeds"))
 
 
-def start(clone, *words) -> subprocess.Popen:
+def start(clone, *words, module="analysis.seeds", **environment) -> subprocess.Popen:
     names = {f"GIT_{who}_{what}": "t@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     return subprocess.Popen(
-        [sys.executable, "-m", "analysis.seeds", *words], cwd=clone.folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | names | {"BACKDOOR_DEVICE": "cpu"},
+        [sys.executable, "-m", module, *words], cwd=clone.folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | names | {"BACKDOOR_DEVICE": "cpu"} | environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )  # fmt: skip
 
 
-def run(clone, *words) -> tuple[int, str]:
-    process = start(clone, *words)
-    output, _ = process.communicate(timeout=300)
+def run(clone, *words, **options) -> tuple[int, str]:
+    process = start(clone, *words, **options)
+    output, _ = process.communicate(timeout=1500)
     return process.returncode, output
 
 
