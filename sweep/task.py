@@ -108,14 +108,11 @@ def run(
         ended = Outcome(
             name, "done", "", node, time.monotonic() - started, re.findall(r"Running stage '(\w+)'", output)
         )
-        path = folder / result if result else None
-        if status == 0 and path and not path.exists():
-            status, output = 1, f"{output}\nthe cell's files are not of one piece, or of other parameters"
         if status:
             lines = [line for line in output.splitlines() if line.strip()]
             ended.how, ended.words = "failed", "\n".join(lines[-TAIL:])
-        elif path:
-            ended.text = path.read_text()
+        elif result:
+            ended.text = (folder / result).read_text()
         return ended
 
 
