@@ -14,6 +14,7 @@ a DVC remote (--remote). Every machine needs the same Python, Ray and dependenci
 
 import argparse
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -177,7 +178,10 @@ def main(args) -> int:
         paths = [str(path) if path else None for path in (shared, objects, proof)]
         code = Code(archive, config, where, *paths)
         needs = Needs(args.cpus_per_training, gpus, args.retries)
-        sweep = Sweep(todo, code, grid.PARAMS.read_text(), commit, needs, bool(remote), args.out)
+        say = functools.partial(print, file=sys.stdout, flush=True)
+        # Ray prints the log of a machine that was lost, to standard output and whatever it is told.
+        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        sweep = Sweep(todo, code, grid.PARAMS.read_text(), commit, needs, bool(remote), args.out, say)
         try:
             sweep.submit()
             outcome = sweep.follow()

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import socket
 
 import ray
 
@@ -20,6 +22,8 @@ def connect(given: str | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     where = address(given)
     try:
+        if where and (match := re.search(r"([^/]+):(\d+)$", where)):  # Ray tries for minutes, and fills the screen
+            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10).close()
         if where:
             ray.init(address=where, **quiet)
         else:

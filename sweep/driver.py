@@ -4,6 +4,8 @@ Of each setting the data are read once (two downloads would fight for a file), o
 do not depend on the defense run once, and then its cells, side by side.
 """
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -29,19 +31,25 @@ class Needs:
 
 
 class Sweep:
-    """outcome: done, failed or skipped by cell. push: to the DVC remote, after what all cells share and at the end."""
+    """outcome: done, failed or skipped by cell. push: to the DVC remote, after what all cells share and at the end.
+    say: prints a line."""
 
     def __init__(
-        self, cells: list[Cell], code: Code, parameters: str, commit: str, needs: Needs, push: bool, out: Path
-    ):
+        self, cells: list[Cell], code: Code, parameters: str, commit: str, needs: Needs, push: bool, out: Path,
+        say: Callable[[str], None],
+    ):  # fmt: skip
         ray.cloudpickle.register_pickle_by_value(task)
-        self.cells, self.parameters, self.commit, self.push, self.out = cells, parameters, commit, push, out
+        self.cells, self.parameters, self.commit, self.push, self.out, self.say = (
+            cells,
+            parameters,
+            commit,
+            push,
+            out,
+            say,
+        )
         self.code, self.run = ray.put(code), ray.remote(task.run)
         self.options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_retries": needs.retries}
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
-        )  # not on a machine that may be lost
-        self.board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
         self.tasks: dict[ray.ObjectRef, tuple[str, Cell | None, tuple]] = {}
         self.outcome: dict[Cell, str] = {}
         self.bad: set[ray.ObjectRef] = set()
@@ -83,8 +91,11 @@ class Sweep:
         left = list(self.tasks)
         while left:
             ready, left = ray.wait(left, num_returns=1, timeout=POLL)
-            for name, node in ray.get(self.board.take.remote()):
-                print(f"running {name} on {node}", flush=True)
+            with contextlib.suppress(
+                ray.exceptions.RayError
+            ):  # it was on a machine that was lost, and is started again
+                for name, node in ray.get(self.board.take.remote(), timeout=10 * POLL):
+                    self.say(f"running {name} on {node}")
             for ref in ready:
                 name, cell, before = self.tasks[ref]
                 self.end(ref, cell, self.outcome_of(ref, name, before))
@@ -112,7 +123,7 @@ class Sweep:
         elif "\n" in words:
             words = "\n" + "\n".join(f"    {line}" for line in words.splitlines())
         where = f" {ended.seconds:.0f} s on {ended.node}" if ended.node else ""
-        print(f"{ended.how:<7} {ended.name}{count}{where}: {words}", flush=True)
+        self.say(f"{ended.how:<7} {ended.name}{count}{where}: {words}")
 
 
 def with_changes(text: str, changes: dict[str, object]) -> str:
