@@ -159,7 +159,8 @@ def main(args) -> int:
     with contextlib.ExitStack() as stack:
         if remote:
             shared = proof = None
-            objects = args.cache.expanduser().resolve() if args.cache else Path(tempfile.gettempdir()) / "sweep-cache"
+            copies = Path(tempfile.gettempdir()) / f"sweep-cache-{os.getuid()}"
+            objects = args.cache.expanduser().resolve() if args.cache else copies
             config = dvc_config(None, remote)
         else:
             cache = cache_folder(args.cache)

@@ -39,14 +39,8 @@ class Sweep:
         say: Callable[[str], None],
     ):  # fmt: skip
         ray.cloudpickle.register_pickle_by_value(task)
-        self.cells, self.parameters, self.commit, self.push, self.out, self.say = (
-            cells,
-            parameters,
-            commit,
-            push,
-            out,
-            say,
-        )
+        self.cells, self.parameters, self.commit = cells, parameters, commit
+        self.push, self.out, self.say = push, out, say
         self.code, self.run = ray.put(code), ray.remote(task.run)
         self.options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_retries": needs.retries}
         self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
@@ -91,9 +85,7 @@ class Sweep:
         left = list(self.tasks)
         while left:
             ready, left = ray.wait(left, num_returns=1, timeout=POLL)
-            with contextlib.suppress(
-                ray.exceptions.RayError
-            ):  # it was on a machine that was lost, and is started again
+            with contextlib.suppress(ray.exceptions.RayError):  # lost with its machine: Ray starts another
                 for name, node in ray.get(self.board.take.remote(), timeout=10 * POLL):
                     self.say(f"running {name} on {node}")
             for ref in ready:
