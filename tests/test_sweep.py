@@ -171,7 +171,8 @@ def test_a_remote_in_place_of_a_shared_folder(clone, tmp_path):
     other.dvc("remote", "add", "--local", "--default", "r", str(tmp_path / "remote"))
     path = other.folder / "params.yaml"
     path.write_text(with_changes(path.read_text(), {"defense": "random_filter"}))
-    assert other.ran("repro", "--pull") == []
+    # DVC pushes no output that is not cached, such as metrics.json: those are made again, from the models that it pulls.
+    assert other.ran("repro", "--pull") == ["evaluate"]
     assert other.metrics() == found["random_filter/seed1"]
     shutil.rmtree(clone.folder / "results/tiny")
 
