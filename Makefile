@@ -14,7 +14,7 @@ help: ## List the targets
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, got " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[dev,cluster]'
 	@touch $@
 
 install: $(INSTALLED) ## Make .venv with the pinned dependencies

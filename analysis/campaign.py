@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from analysis.queue import Queue
 
 if TYPE_CHECKING:
-    from analysis.seeds import Cell
+    from analysis.grid import Cell
 
 SHARED = ("prepare", "poison", "train_victim", "extract", "retrain_oracle", "evaluate_reference")
 POLL, STATUS = 2.0, 15.0  # seconds between two looks at git's references (cheap) and at the queue (1 s of work)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from test_pipeline import LEFT, RIGHT, Clone
 
-from analysis import campaign, seeds
+from analysis import campaign, grid
 from analysis.campaign import Campaign
 from analysis.eligible import eligible
+from analysis.grid import Cell
 from analysis.queue import EXPERIMENT, ROW, WORKERS, Queue
 from analysis.schema import SCHEMA_VERSION
-from analysis.seeds import Cell
 
 WORDS = ["--settings", "tiny", "--seeds", "1"]
 
@@ -27,18 +27,18 @@ def clone(tmp_path_factory):
     return Clone(tmp_path_factory.mktemp("seeds"))
 
 
-def start(clone, *words) -> subprocess.Popen:
+def start(clone, *words, module="analysis.seeds", **environment) -> subprocess.Popen:
     names = {f"GIT_{who}_{what}": "t@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     return subprocess.Popen(
-        [sys.executable, "-m", "analysis.seeds", *words], cwd=clone.folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | names | {"BACKDOOR_DEVICE": "cpu"},
+        [sys.executable, "-m", module, *words], cwd=clone.folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | names | {"BACKDOOR_DEVICE": "cpu"} | environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )  # fmt: skip
 
 
-def run(clone, *words) -> tuple[int, str]:
-    process = start(clone, *words)
-    output, _ = process.communicate(timeout=300)
+def run(clone, *words, **options) -> tuple[int, str]:
+    process = start(clone, *words, **options)
+    output, _ = process.communicate(timeout=1500)
     return process.returncode, output
 
 
@@ -112,7 +112,7 @@ def test_mistakes_are_told_before_anything_is_queued(clone, words, told):
 
 
 def test_a_budget_with_leading_zeros_is_the_same_budget():
-    assert [cell.name for cell in seeds.choose(["quick"], ["random_filter"], [1, 1], "072")] == [
+    assert [cell.name for cell in grid.choose(["quick"], ["random_filter"], [1, 1], "072")] == [
         "quick-random_filter-seed1-budget72"
     ]
 

@@ -1,0 +1,1 @@
+"""Sweeps on Ray: a grid of cells on one machine or many. `python -m sweep --help`."""
