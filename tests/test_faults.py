@@ -142,9 +142,9 @@ def test_two_clones_with_one_cache(done, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_queue_workers(done, tmp_path):
+def test_two_queue_workers(tmp_path):
     """Two cells that need the same victim, started at the same time, get the figures of cells run one by one."""
-    clone, defenses = Clone(tmp_path), ("spectral_signature", "random_filter")
+    clone, alone, defenses = Clone(tmp_path / "two"), Clone(tmp_path / "one"), ("spectral_signature", "random_filter")
     for defense in defenses:
         clone.dvc("exp", "run", "--queue", "-n", defense, "-S", f"defense={defense}")
     clone.dvc("queue", "start", "--jobs", "2")
@@ -152,10 +152,9 @@ def test_two_queue_workers(done, tmp_path):
     for defense in defenses:
         ref = clone.git("for-each-ref", "--format=%(refname)", f"refs/exps/**/{defense}").strip()
         found = json.loads(clone.git("show", f"{ref}:artifacts/metrics.json"))
-        done.clone.dvc("exp", "run", "-S", f"defense={defense}", "dvc.yaml")
-        assert found == done.clone.metrics()
-    assert not damaged(tmp_path / ".dvc/cache")
-    done.clone.git("checkout", "-q", ".")
+        alone.dvc("exp", "run", "-S", f"defense={defense}", "dvc.yaml")
+        assert found == alone.metrics()
+    assert not damaged(clone.folder / ".dvc/cache")
 
 
 # edits while a stage runs
