@@ -1,4 +1,4 @@
-"""Small pictures as inline SVG. Colours are CSS classes of `analysis.page`, so that they follow the light or dark theme.
+"""Small pictures as inline SVG. Colours are CSS classes of `analysis.report_html`, so that they follow the light or dark theme.
 
 Every text is escaped here; every number that comes in is finite.
 """

@@ -1,4 +1,4 @@
-"""Tables as data: what a cell of a table shows, how figures are written, and Markdown; `analysis.page` draws HTML.
+"""Tables as data: what a cell of a table shows, how figures are written, and Markdown; `analysis.report_html` draws HTML.
 
 Every figure is a mean over the seeds of its row, n of them, with the standard deviation and the 95 % Student t interval
 where n is two or more (`analysis.statistics`).

@@ -12,7 +12,7 @@ from hostile import BREAKING, changed_at
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import page, report_page, results, tables
+from analysis import audit_page, report_html, results, tables
 from analysis.schema import CELL, mistake
 
 
@@ -51,27 +51,27 @@ WORDS = st.one_of(
 ).filter(lambda text: text.strip() and text.isprintable() and "/" not in text and text not in ("0", tables.DASH))
 
 
-def audit_page(words) -> str:
+def of_audit(words) -> str:
     image = np.zeros((4, 4, 3), np.uint8)
 
     def card(name, image):
-        return report_page.Card(name, [f"#1 · 0.5 {words[1]}", f"seen as {words[2]}"], image)
+        return audit_page.Card(name, [f"#1 · 0.5 {words[1]}", f"seen as {words[2]}"], image)
 
     summary = {"defense": words[0], "rows": 10, "classes": 2, "fit": 0.9, "decided_by": "defense", "removed": 3,
                "suspected_rows": 3, "suspected": [{"class": words[1], "rows": 5, "removed": 3}]}  # fmt: skip
     parts = [
-        report_page.Section(words[1], np.arange(5.0), np.arange(5) > 1, [card(words[2], image), card(words[3], None)],
+        audit_page.Section(words[1], np.arange(5.0), np.arange(5) > 1, [card(words[2], image), card(words[3], None)],
                             [card(words[3], None)], (image, image, image[..., :1], 0.5))
     ]  # fmt: skip
-    pages = [report_page.Page(summary, [words[2]], [f"{words[3]}: {words[0]}"], parts).html()]
+    pages = [audit_page.Page(summary, [words[2]], [f"{words[3]}: {words[0]}"], parts).html()]
     for changes in ({"fit": 0.1}, {"decided_by": "hand"}, {"decided_by": "nobody"}):
-        pages.append(report_page.Page(summary | changes, [words[2]], [words[3]], parts).html())
+        pages.append(audit_page.Page(summary | changes, [words[2]], [words[3]], parts).html())
     return "\n".join(pages)
 
 
 @given(words=st.tuples(WORDS, WORDS, WORDS, WORDS))
 def test_audit_page(words):
-    plain, hostile = Skeleton(audit_page(("w", "x", "y", "z"))), Skeleton(audit_page(words))
+    plain, hostile = Skeleton(of_audit(("w", "x", "y", "z"))), Skeleton(of_audit(words))
     assert hostile.found == plain.found
     for name, value in hostile.values:
         assert name in ("title", "alt", "content", "aria-label") or not any(len(w) > 5 and w in value for w in words)
@@ -102,7 +102,7 @@ def report(folder, words) -> str:
     made_results.write(folder, made_results.cell(setting, f"{defense}3"), name="seed9.json")
     found = results.read(folder)
     assert len(found.cells) == 2 and len(found.problems) == 2
-    return page.page(found)
+    return report_html.page(found)
 
 
 FILE_WORDS = WORDS.filter(
@@ -136,4 +136,4 @@ def test_results_of_any_content(tmp_path, data):
     assert ("alpha", "one", 1) in found.cells or found.problems
     for cell in found.cells.values():
         assert mistake(cell, CELL) is None
-    assert "<html" in page.page(found)
+    assert "<html" in report_html.page(found)
