@@ -10,6 +10,7 @@ from dumps import Dump, planted, recall
 import defenses
 
 NAME = "whitened_mixture"
+LAST_DIGITS = 1e-6  # relative; coordinates are float32, and a sum in another order can round one of them (4e-9 seen)
 
 
 def score(dump, poison_fraction="told", **options):
@@ -121,7 +122,7 @@ def test_a_few_rows():
 def test_the_order_of_the_rows_changes_last_digits_at_most(seed):
     dump = relabelled(0.4, seed=seed)
     permutation = np.random.default_rng(seed).permutation(len(dump.labels))
-    np.testing.assert_allclose(score(dump.take(permutation))[0], score(dump)[0][permutation], rtol=1e-9)
+    np.testing.assert_allclose(score(dump.take(permutation))[0], score(dump)[0][permutation], rtol=LAST_DIGITS)
 
 
 def test_many_blocks_give_what_one_gives():
@@ -129,7 +130,7 @@ def test_many_blocks_give_what_one_gives():
     whole, defense = score(dump)
     sys.modules[type(defense).__module__]._BLOCK = 64
     defense.fit(dump.features, dump.labels, dump.poison_fraction)
-    np.testing.assert_allclose(defense.score_samples(dump.features, dump.logits), whole, rtol=1e-9)
+    np.testing.assert_allclose(defense.score_samples(dump.features, dump.logits), whole, rtol=LAST_DIGITS)
 
 
 def test_hidden_class_sizes_are_not_used():
