@@ -191,7 +191,7 @@ def main(args) -> int:
             words = f"stopped: {ended} cells ended, {len(todo) - ended} are left; the same command goes on"
             print(words, file=sys.stderr, flush=True)
             return 130
-    bad = [cell.name for cell, how in outcome.items() if how != "done"]
+    bad = [cell.name for cell in todo if outcome[cell] != "done"]
     if bad:
         print(f"{len(bad)} of {len(todo)} cells have no result: {', '.join(bad)}", file=sys.stderr)
     return 1 if bad else 0
