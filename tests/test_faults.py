@@ -203,7 +203,7 @@ def test_an_edit_while_the_victim_is_trained(done, what):
         edit(folder / "params.yaml", "epochs: 20\n", "epochs: 2\n")
         refused(repro, "train_victim", "the parameters")
     elif what == "a module":
-        edit(folder / "stages/lib/training.py", "import", "\nimport")
+        edit(folder / "stages/lib/training.py", "GRAPH_WARM_UP_STEPS = 3", "GRAPH_WARM_UP_STEPS = 4")
         refused(repro, "train_victim", "stages/lib/training.py")
     else:
         data = folder / "artifacts/tiny/data.h5"
