@@ -101,6 +101,7 @@ def test_thirty_kills_hit_every_stage(done):
     assert {kill["where"].split()[0] for kill in found} >= {*LEFT, *RIGHT}
 
 
+@pytest.mark.slow
 def test_a_stage_whose_dvc_was_killed_publishes_nothing(forgotten):
     repro = forgotten.held()
     hit, _, stage = repro.kill("dvc")
@@ -116,6 +117,7 @@ def test_a_stage_whose_dvc_was_killed_publishes_nothing(forgotten):
 # two at once
 
 
+@pytest.mark.slow
 def test_a_second_repro_says_who_is_at_work(forgotten):
     first = forgotten.held()
     said = forgotten.clone.dvc("repro", "dvc.yaml", fails=True)
