@@ -54,15 +54,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         for name, tensor in checkpoint.state.items()
     }
     content = {"kind": "checkpoint", "schema_version": SCHEMA_VERSION, "about": json.dumps(about), "state": state}
-    Path(path).write_bytes(serialized(content))
-    sealed.seal(path)
-
-
-def serialized(content: dict) -> bytes:
-    """What torch.save writes. To a full disk it would raise a RuntimeError about positions, where a file says OSError."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # on a full disk torch.save would raise a RuntimeError about positions, where a file says OSError
     torch.save(content, buffer)
-    return buffer.getvalue()
+    Path(path).write_bytes(sealed.with_seal(buffer.getvalue()))
 
 
 def load(path: Path) -> Checkpoint:

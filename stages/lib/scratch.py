@@ -70,9 +70,8 @@ class Scratch:
         torch.save(state(), content)
         try:
             with open(temporary, "wb") as file:
-                file.write(content.getbuffer())
-            sealed.seal(temporary)
-            with open(temporary, "rb") as file:
+                file.write(sealed.with_seal(content.getvalue()))
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
         except OSError as error:  # a full disk is no reason to lose the training

@@ -23,7 +23,12 @@ def seal(path: Path) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     with open(path, "ab") as file:
-        file.write(START + found.encode() + b"\n")
+        file.write(_seal(found))
+
+
+def with_seal(content: bytes) -> bytes:
+    """What `content` finds in a file of these bytes: for what is in memory, which need not be read back."""
+    return content + _seal(hashlib.sha256(content).hexdigest())
 
 
 def check(path: Path) -> tuple[str, bool]:
@@ -63,12 +68,16 @@ def _check(path: Path, size: int, _changed: int) -> tuple[str, bool]:
     return hashed.hexdigest(), _is_seal(end)
 
 
+def _seal(found: str) -> bytes:
+    return START + found.encode() + b"\n"
+
+
 def _is_seal(end: bytes) -> bool:
     return len(end) == LENGTH and end.startswith(START)
 
 
 def _must_be(path: Path, end: bytes, found: str) -> None:
-    if end != START + found.encode() + b"\n":
+    if end != _seal(found):
         raise UserError(
             f"{path}: damaged, its content is not what was written (a disk, a transfer or an editor changed it); make it "
             "again with `dvc repro`"
