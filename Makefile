@@ -39,7 +39,7 @@ table: install ## The experiments side by side: `dvc exp show` without columns o
 	dvc exp show --no-pager --drop '.*(/|settings|filter|gap_|undefended|oracle|average|removed)|results|cell|Created'
 
 test: install ## Run the tests, some minutes
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install ## All tests; set BACKDOOR_DATA_ROOT for those on real data
 	python -m pytest
