@@ -29,7 +29,7 @@ def main() -> int:
         "--time-limit", type=float, default=float("inf"), help="seconds; what is left resumes next time"
     )
     options.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON files")
-    options.add_argument("--commit", default=current_commit(), help="recorded with the results")
+    options.add_argument("--commit", help="recorded with the results; default: that of this checkout")
     options.add_argument("--dump", action="store_true", help="export the scores and the truth too, seed<k>.npz")
     options.add_argument("--export-only", action="store_true", help="run nothing")
     args = options.parse_args()
@@ -42,9 +42,9 @@ def main() -> int:
             outcome = Runner(args.jobs, time.monotonic() + args.time_limit).run(tasks_of(cells))
             bad = {command for command, how in outcome.items() if how not in ("done", "ran")}
             unfinished = {cell for cell in cells if bad & tasks_of([cell]).keys()}
-        missing = []
+        missing, commit = [], args.commit or current_commit()
         for cell in cells:
-            path = None if cell in unfinished else export(*cell, args.out, args.commit, args.dump)
+            path = None if cell in unfinished else export(*cell, args.out, commit, args.dump)
             print(f"cell   {path}" if path else f"open   {'/'.join(map(str, cell))}")
             missing += [] if path else [cell]
     except KeyboardInterrupt:

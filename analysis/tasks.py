@@ -173,5 +173,9 @@ class Runner:
 
 
 def current_commit() -> str | None:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    """None where there is no checkout, or no git."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() or None

@@ -15,6 +15,7 @@ a DVC remote (--remote). Every machine needs the same Python, Ray and dependenci
 import argparse
 import contextlib
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -51,9 +52,9 @@ def check_paths(settings: set[str]) -> None:
 
     for name in sorted(settings):
         found = params.setting(PARAMS, name)
-        trigger = getattr(found.poison, "trigger", None)
-        pattern = getattr(trigger, "pattern", "noise")
-        for path in (found.data.path, None if pattern == "noise" else pattern):
+        triggers = (found.poison.trigger, getattr(found.poison, "second_trigger", None))
+        patterns = {getattr(trigger, "pattern", "noise") for trigger in triggers} - {"noise"}
+        for path in (found.data.path, *sorted(patterns)):
             if path and not Path(path).expanduser().is_absolute() and not git("ls-files", "--", path):
                 raise UserError(f"setting {name} reads {path}, which is not in git; give an absolute path")
 
@@ -79,16 +80,19 @@ def remote_options(remote: str) -> dict[str, object]:
     known = Config.from_cwd()["remote"]
     if remote in known:
         options = dict(known[remote])
-        if "://" not in options["url"]:
-            options["url"] = os.path.abspath(options["url"])
-        return options
-    if "://" in remote:
-        return {"url": remote}
-    if os.sep in remote:
-        return {"url": os.path.abspath(remote)}
-    raise UserError(
-        f"--remote {remote}: no such DVC remote; use {', '.join(known) or 'dvc remote add'}, or give its address"
-    )
+    elif "://" in remote or os.sep in remote:
+        options = {"url": remote}
+    else:
+        raise UserError(
+            f"--remote {remote}: no such DVC remote; use {', '.join(known) or 'dvc remote add'}, or give its address"
+        )
+    if options["url"].startswith(("http://", "https://")):
+        raise UserError(
+            f"--remote {remote}: DVC keeps no list of what ran over HTTP; use another kind, or --cache FOLDER"
+        )
+    if "://" not in options["url"]:
+        options["url"] = os.path.abspath(options["url"])
+    return options
 
 
 def dvc_config(cache: Path | None, remote: dict[str, object] | None) -> str:
@@ -145,8 +149,10 @@ def main(args) -> int:
         ("--gpus-per-training", args.gpus_per_training or 0, 0),
         ("--retries", args.retries, 0),
     ):
-        if not value >= least:
+        if not least <= value < math.inf:
             raise UserError(f"{option} is {value}; expected {least} or more")
+    if args.gpus_per_training and not (args.gpus_per_training >= 0.01 and max(args.gpus_per_training, 1) % 1 == 0):
+        raise UserError(f"--gpus-per-training is {args.gpus_per_training}; expected 0, 0.01 to 1, or a whole number")
     archive, commit = committed()
     from analysis import grid
 
@@ -175,6 +181,8 @@ def main(args) -> int:
         gpus = args.gpus_per_training
         if gpus is None:
             gpus = float(cluster.has_gpus() and where["BACKDOOR_DEVICE"] != "cpu")
+        if not gpus:  # Ray hides no GPU from a task that asks for none
+            where["BACKDOOR_DEVICE"] = "cpu"
         cluster.check(args.cpus_per_training, gpus, may_grow=bool(cluster.address(args.address)))
         paths = [str(path) if path else None for path in (shared, objects, proof)]
         code = Code(archive, config, where, *paths)

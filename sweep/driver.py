@@ -1,6 +1,6 @@
 """Hands a grid to Ray and tells how it goes. Ray places, retries and reports; what waits for what is said by references.
 
-Of each setting the data are read once (two downloads would fight for a file), of each setting and seed the stages that
+Of each setting the data are read once, of each setting and seed the stages that
 do not depend on the defense run once, and then its cells, side by side.
 """
 
@@ -18,7 +18,8 @@ from sweep import task
 from sweep.task import Board, Code, Outcome
 
 POLL = 1.0  # seconds between two looks at what has started
-SHARED = ("extract", "evaluate_reference")  # with all that they need: what does not depend on the defense
+SHARED = ("train_victim", "extract", "retrain_oracle", "evaluate_reference")  # do not depend on the defense
+OF_THE_CELL = ("retrain", "evaluate")  # with all that they need
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Needs:
 
 
 class Sweep:
-    """outcome: done, failed or skipped by cell. push: to the DVC remote, after what all cells share and at the end.
+    """outcome: done, failed or skipped by cell. push: to the DVC remote, as soon as a stage that is named above has ended.
     say: prints a line."""
 
     def __init__(
@@ -61,13 +62,16 @@ class Sweep:
             before = [prepared[setting]] if setting in prepared else []
             shared = self.start(f"{setting}-seed{seed}-shared", cells[0], SHARED, before)
             for cell in cells:
-                self.start(cell.name, cell, [], [shared], whole=True)
+                self.start(cell.name, cell, OF_THE_CELL, [shared], whole=True)
 
     def start(self, name, cell: Cell, targets, before=(), whole: bool = False, gpus: float | None = None):
-        commands = [["dvc", "repro", *(["--pull"] if self.push else []), *targets]]
-        result = None
+        result, commands = None, [["dvc", "repro", *targets]]
         if self.push:
-            commands.append(["dvc", "push", "--run-cache", *(["--with-deps", *targets] if targets else ["dvc.yaml"])])
+            commands = [
+                words
+                for target in targets
+                for words in (["dvc", "repro", "--pull", target], ["dvc", "push", "--run-cache", "--with-deps", target])
+            ]
         if whole:
             of_cell = ["--settings", cell.setting, "--defenses", cell.defense, "--seeds", str(cell.seed)]
             commands.append(["analysis.cells", *of_cell, "--export-only", "--out", "exported", "--commit", self.commit])
@@ -119,8 +123,11 @@ class Sweep:
 
 
 def with_changes(text: str, changes: dict[str, object]) -> str:
-    """params.yaml with other values, all else as written: DVC compares values as its own reader sees them."""
+    """params.yaml with other values, all else as written: two readers, DVC's and that of the stages, must see the same as
+    in the file itself."""
     yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 10**9
     values = yaml.load(text)
     for dotted, value in changes.items():
         *blocks, key = dotted.split(".")

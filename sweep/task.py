@@ -89,31 +89,34 @@ def run(
     if code.token and not Path(code.token).exists():
         words = f"does not see {Path(code.token).parents[1]}: give --cache FOLDER that all machines see, or --remote"
         return Outcome(name, "failed", words, node)
-    with copy(code, parameters) as (folder, register), lock(code, name):
-        script = " && ".join(shlex.join([sys.executable, "-m", *words]) for words in commands)
-        log = folder / ".dvc/tmp/sweep.log"
-        log.parent.mkdir(exist_ok=True)
-        here = {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"),  # else each copy leaves one in /var/tmp
-        }
-        with open(log, "wb") as file:
-            process = subprocess.Popen(
-                ["sh", "-c", script], cwd=folder, env=os.environ | code.environment | here,
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            register(process.pid)
-            status = process.wait()
-        output = log.read_text(errors="replace").replace("\r", "\n")
-        ended = Outcome(
-            name, "done", "", node, time.monotonic() - started, re.findall(r"Running stage '(\w+)'", output)
-        )
-        if status:
-            lines = [line for line in output.splitlines() if line.strip()]
-            ended.how, ended.words = "failed", "\n".join(lines[-TAIL:])
-        elif result:
-            ended.text = (folder / result).read_text()
-        return ended
+    try:
+        with copy(code, parameters) as (folder, register), lock(code, name):
+            script = " && ".join(shlex.join([sys.executable, "-m", *words]) for words in commands)
+            log = folder / ".dvc/tmp/sweep.log"
+            log.parent.mkdir(exist_ok=True)
+            here = {
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"),  # else each copy leaves one in /var/tmp
+            }
+            with open(log, "wb") as file:
+                process = subprocess.Popen(
+                    ["sh", "-c", script], cwd=folder, env=os.environ | code.environment | here,
+                    stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+                register(process.pid)
+                status = process.wait()
+            output = log.read_text(errors="replace").replace("\r", "\n")
+            ended = Outcome(
+                name, "done", "", node, time.monotonic() - started, re.findall(r"Running stage '(\w+)'", output)
+            )
+            if status:
+                lines = [line for line in output.splitlines() if line.strip()]
+                ended.how, ended.words = "failed", "\n".join(lines[-TAIL:])
+            elif result:
+                ended.text = (folder / result).read_text()
+            return ended
+    except OSError as error:  # no space for the copy, a cache that is read-only there
+        return Outcome(name, "failed", " ".join(str(error).split()), node)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +356,30 @@ def test_download_leaves_files_that_are_read_next_time(tmp_path, miniatures, mon
     first = datasets.read("fashion_mnist", tmp_path)
     monkeypatch.setattr(reader, "download", None)
     assert datasets.fingerprint(datasets.read("fashion_mnist", tmp_path)) == datasets.fingerprint(first)
+
+
+def test_a_download_that_is_cut_off_leaves_nothing(tmp_path, miniatures, monkeypatch):
+    def fetch(self):
+        write_idx(Path(self.root), splits_of("fashion_mnist"))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(import_torchvision().datasets.FashionMNIST, "download", fetch)
+    assert "download failed" in refusal("fashion_mnist", tmp_path, download=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_that_lies_in_the_folder_is_unpacked(tmp_path, miniatures, monkeypatch):
+    reader = import_torchvision().datasets.CIFAR10
+    source = write_cifar10(tmp_path / "a", splits_of("cifar10"), monkeypatch)
+    root = tmp_path / "b"
+    root.mkdir()
+    with tarfile.open(root / reader.filename, "w:gz") as archive:
+        archive.add(source / reader.base_folder, reader.base_folder)
+    monkeypatch.setattr(reader, "tgz_md5", hashlib.md5((root / reader.filename).read_bytes()).hexdigest())
+    found = datasets.fingerprint(datasets.read("cifar10", root, download=True))
+    assert found == datasets.fingerprint(datasets.read("cifar10", source, download=False))
+    assert datasets.fingerprint(datasets.read("cifar10", root, download=False)) == found
+    assert sorted(path.name for path in root.iterdir()) == [reader.base_folder, reader.filename]
 
 
 def test_unreadable_folder(tmp_path, monkeypatch):

@@ -15,6 +15,9 @@ import yaml
 from test_pipeline import LEFT, RIGHT, TINY, Clone
 
 pytest.importorskip("ray")
+from ruamel.yaml import YAML
+
+from stages.lib import params
 from sweep.driver import with_changes
 
 WORDS = ["--settings", "tiny", "--defenses", "random_filter", "confidence_filter"]
@@ -223,9 +226,19 @@ SEED = ["--seeds", "1"]
         ([*WORDS, "--seeds", "-1"], "seed -1"),
         ([*WORDS, *SEED, "--budget", "many"], "--budget is 'many'"),
         ([*WORDS, *SEED, "--cpus-per-training", "0"], "--cpus-per-training is 0.0; expected 0.01 or more"),
+        ([*WORDS, *SEED, "--cpus-per-training", "inf"], "--cpus-per-training is inf; expected"),
+        (
+            [*WORDS, *SEED, "--gpus-per-training", "1.5"],
+            "--gpus-per-training is 1.5; expected 0, 0.01 to 1, or a whole",
+        ),
         ([*WORDS, *SEED, "--retries", "-1"], "--retries is -1"),
+        ([*WORDS, *SEED, "--remote", "https://example.org/x"], "DVC keeps no list of what ran over HTTP"),
         ([*WORDS, *SEED, "--remote", "nobody"], "--remote nobody: no such DVC remote"),
         ([*WORDS, *SEED, "--cache", "params.yaml"], "give --cache a folder"),
+        (
+            ["--settings", "second-picture", *SEED, "--defenses", "random_filter"],
+            "reads pictures/mine.png, which is not in git",
+        ),
         (
             ["--settings", "relative", *SEED, "--defenses", "random_filter"],
             "which is not in git; give an absolute path",
@@ -247,6 +260,9 @@ def mistaken(clone):
     values = yaml.safe_load(path.read_text())
     own = {"source": "folder", "image_size": 32}
     values["settings"]["relative"] = TINY | {"data": own | {"path": "images"}}
+    twice = {"trigger": {"name": "badnets"}, "second_trigger": {"name": "blend", "pattern": "pictures/mine.png"}}
+    twice |= {"attack": "two_targets", "poison_fraction": 0.1, "second_target_label": 3}
+    values["settings"]["second-picture"] = TINY | {"poison": twice}
     values["settings"]["absent"] = TINY | {"data": own | {"path": "/nowhere/images"}}
     path.write_text(yaml.safe_dump(values))
     clone.commit("settings that cannot run")
@@ -269,6 +285,15 @@ def test_without_ray_it_says_how_to_install_it(clone):
     done = subprocess.run([sys.executable, "-c", hide, *WORDS, *SEED], cwd=clone.folder, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("python -m sweep: Ray is not installed; `pip install '.[cl")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_both_readers_see_the_other_values_as_before():
+    """DVC reads YAML 1.2 and the stages 1.1, in which a word such as off is a word only in quotes."""
+    odd = """{x: 1e-5, mode: "off", time: '1:30', yes: 'yes', octal: 010, "on": [0o17, "~", "null", '1_0']}"""
+    text = f"setting: one\na: {odd}\nlong: '{'word ' * 100}'\n"
+    new = with_changes(text, {"setting": "two"})
+    for read in (params.load_yaml, YAML(typ="safe").load):
+        assert read(new) == read(text) | {"setting": "two"}
 
 
 def test_a_cell_is_written_into_the_parameters_and_nothing_else_is():

@@ -5,6 +5,7 @@ Nothing here imports torch before a file has to be read or fetched through torch
 
 import gzip
 import http.client
+import os
 import pickle
 import shutil
 import socket
@@ -221,7 +222,7 @@ def read_published(name: str, data_root: Path | None, *, download: bool) -> Arra
     stall_seconds = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_STALL_SECONDS)
     try:
-        arrays = _through_torchvision(datasets, facts, root, download=True)
+        arrays = _downloaded(datasets, facts, root)
     except (EOFError, OSError, RuntimeError, http.client.HTTPException, tarfile.TarError) as error:
         raise UserError(f"{looked}, and the download failed ({_one_line(error)}); {remedy}") from error
     finally:
@@ -292,6 +293,20 @@ def _through_torchvision(datasets: ModuleType, facts: Facts, root: Path, *, down
         images = np.asarray(split.data)
         arrays += [images if images.ndim == 4 else images[..., None], np.asarray(split.targets, np.int64)]
     return tuple(arrays)
+
+
+def _downloaded(datasets: ModuleType, facts: Facts, root: Path) -> Arrays:
+    """Fetched beside its place: no file there is ever half of one, be it cut off or fetched twice at once."""
+    root.mkdir(parents=True, exist_ok=True)
+    archive = getattr(getattr(datasets, facts.torchvision_class), "filename", None)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
+        if archive and (root / archive).is_file():  # laid there by hand: torchvision unpacks it in place of fetching it
+            Path(folder, archive).symlink_to((root / archive).resolve())
+        arrays = _through_torchvision(datasets, facts, Path(folder), download=True)
+        for file in facts.files:
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(folder, file), root / file)
+    return arrays
 
 
 def _plain_or_gz(path: Path) -> Path | None:
