@@ -123,7 +123,7 @@ def main() -> int:
             raise UserError(f"{bad[0]!r} cannot be the name of a git tag; rename the setting or the defense")
         changed = make(found.cells, git("rev-parse", "--verify", "HEAD^{commit}"))
     except UserError as error:
-        print(f"python -m analysis.baselines: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"python -m analysis.baselines: {error}", file=sys.stderr)
         return 1
     print(f"{len(found.cells)} baselines, {changed} of them new or moved: git tag --list '{PREFIX}*'")
     return 0

@@ -50,7 +50,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        print(f"python -m analysis.cells: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"python -m analysis.cells: {error}", file=sys.stderr)
         return 1
     return 2 if missing else 0
 

@@ -88,7 +88,7 @@ def _from_hdf5(path: Path) -> Dump:
             file.close()
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: {' '.join(str(error).split())}; {SCHEMA}") from error  # h5py raises all sorts
+        raise UserError(f"{path}: {error}; {SCHEMA}") from error  # h5py raises all sorts
 
 
 def _from_npz(path: Path) -> Dump:

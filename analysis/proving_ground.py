@@ -333,7 +333,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (UserError, defenses.DefenseError) as error:
-        print(f"python -m analysis.proving_ground: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"python -m analysis.proving_ground: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -94,4 +94,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        sys.exit(f"python -m analysis.seeds: {' '.join(str(error).split())}")
+        sys.exit(f"python -m analysis.seeds: {error}")

@@ -185,6 +185,8 @@ def main(args) -> int:
             where["BACKDOOR_DEVICE"] = "cpu"
         cluster.check(args.cpus_per_training, gpus, may_grow=bool(cluster.address(args.address)))
         paths = [str(path) if path else None for path in (shared, objects, proof)]
+        if proof:
+            cluster.check_sees(str(proof))
         code = Code(archive, config, where, *paths)
         needs = Needs(args.cpus_per_training, gpus, args.retries)
         say = functools.partial(print, file=sys.stdout, flush=True)
@@ -231,6 +233,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        sys.exit(f"python -m sweep: {' '.join(str(error).split())}")
+        sys.exit(f"python -m sweep: {error}")
     except OSError as error:
         sys.exit(f"python -m sweep: {error.strerror or error}: {error.filename or 'no file named'}")

@@ -6,6 +6,7 @@ import re
 import socket
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stages.lib.errors import UserError
 
@@ -42,6 +43,22 @@ def leave() -> None:
 
 def has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def check_sees(path: str) -> None:
+    """Refuse a machine that runs tasks and does not see the file. (One that joins later is told by its tasks.)"""
+    sees = {
+        node["NodeManagerHostname"]: ray.remote(os.path.exists)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(path)
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0)
+    }
+    blind = sorted(name for name, seen in sees.items() if not ray.get(seen))
+    if blind:
+        raise UserError(
+            f"{', '.join(blind)}: does not see {os.path.dirname(path)}; give --cache FOLDER that all machines see, or --remote"
+        )
 
 
 def check(cpus: float, gpus: float, may_grow: bool) -> None:

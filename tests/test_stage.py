@@ -295,3 +295,7 @@ def test_naming_gives_an_error_the_file_that_it_lacks(refuses):
         raise OSError("disk is full")
     with pytest.raises(OSError, match="other"), stage.naming(Path("out.h5")):
         raise OSError(28, "full", "other")
+
+
+def test_a_message_is_one_line_that_a_terminal_can_show():
+    assert str(UserError("two\n  lines \x1b[2J \ud800 \u202e é")) == "two lines \\x1b[2J \\ud800 \\u202e é"

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ pytest.importorskip("ray")
 from ruamel.yaml import YAML
 
 from stages.lib import params
+from sweep import cluster
 from sweep.driver import with_changes
 
 WORDS = ["--settings", "tiny", "--defenses", "random_filter", "confidence_filter"]
@@ -267,6 +269,17 @@ def mistaken(clone):
     path.write_text(yaml.safe_dump(values))
     clone.commit("settings that cannot run")
     return clone
+
+
+def test_a_machine_that_does_not_see_the_cache_is_refused(tmp_path, refuses):
+    cluster.connect(None)
+    try:
+        (tmp_path / "token").touch()
+        cluster.check_sees(str(tmp_path / "token"))
+        with refuses(socket.gethostname(), f"does not see {tmp_path / 'nowhere'}; give --cache"):
+            cluster.check_sees(str(tmp_path / "nowhere/token"))
+    finally:
+        cluster.leave()
 
 
 def test_code_that_is_not_committed_is_refused(clone):

@@ -112,7 +112,7 @@ class _Member:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             self.shape, self.by_column, self.dtype = read(self.file)
         except Exception as error:  # of a damaged or foreign one: BadZipFile, ValueError, RuntimeError (a password), …
-            raise UserError(f"{path}: {self.name} is no NumPy array ({' '.join(str(error).split())})") from error
+            raise UserError(f"{path}: {self.name} is no NumPy array ({error})") from error
         if self.dtype.hasobject:
             raise UserError(f"{path}: {self.name} holds pickled Python objects, which are never loaded; save numbers")
         info = self.archive.zip.getinfo(f"{self.name}.npy")

@@ -264,7 +264,7 @@ def read(path: Path) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; run from the folder that holds it, or give --params") from error
     except ValueError as error:  # or it is not UTF-8
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping with setting, defense, seed, settings, defenses and filter")
     known = ("setting", "defense", "seed", "filter", "audit", "defenses", "settings")

@@ -47,7 +47,7 @@ def load() -> Runtime:
         try:
             values = yaml.safe_load(path.read_text()) or {}
         except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
-            raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+            raise UserError(f"{path}: not valid YAML ({error})") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected lines like `device: cpu`, got a {type(values).__name__}")
     known = (*CHOICES, "data_root")

@@ -118,7 +118,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     try:
         main(parser.parse_args())
     except UserError as error:
-        sys.exit(f"{name}: {' '.join(str(error).split())}")
+        sys.exit(f"{name}: {error}")
     except OSError as error:  # disk full, permission denied: the file's name and the system's words say it
         words = " ".join(str(error.strerror or error).split())
         sys.exit(f"{name}: {words}: {error.filename or 'no file named'}; nothing was written")

@@ -215,7 +215,7 @@ def open_(path: Path, kind: str) -> h5py.File:
         file.close()
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: {' '.join(str(error).split())}; {again}") from error  # h5py's, or of CHECKS
+        raise UserError(f"{path}: {error}; {again}") from error  # h5py's, or of CHECKS
     except BaseException:
         file.close()
         raise
