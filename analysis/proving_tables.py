@@ -26,9 +26,8 @@ PREFACE = """# Proving ground
 Written by `python -m analysis.proving_tables` from the JSON files beside it, one per dump; made by
 `python -m analysis.proving_ground`. Each row is one victim, CPU, so that there is no spread to report. *Ceiling*: recall
 at the exact budget of a logistic regression on the truth, within the poisoned classes, out of 5 folds: what the dump
-allows. Dumps on which the undefended ASR is below {took} are listed, but not in the means: the attack did not take. In *hidden*
-the
-class sizes are not used, in *blind* the poison fraction is not given, in *hidden_blind* neither.
+allows. Dumps on which the undefended ASR is below {took} are listed, but not in the means: the attack did not take. In
+*hidden* the class sizes are not used, in *blind* the poison fraction is not given, in *hidden_blind* neither.
 """
 
 
