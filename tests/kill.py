@@ -34,7 +34,7 @@ from test_pipeline import ROOT, Clone
 
 TARGETS = ("stage", "dvc", "group")
 START = "(start)"  # before the first stage
-LOCK_CUT_SHORT = re.compile(r"'(\./)?dvc\.lock' validation failed|unable to read: 'dvc\.lock'")
+LOCK_CUT_SHORT = re.compile(r"'(\./)?dvc\.lock' (validation failed|is invalid)|unable to read: 'dvc\.lock'")
 
 
 class Repro:
@@ -155,6 +155,9 @@ def kills(
         repro = Repro(clone)
         while not repro.ended() and (until is None or position(repro.last()) < stages.index(until)):
             time.sleep(0.01)
+        return marked(repro)
+
+    def marked(repro: Repro) -> Repro:
         if repro.lock_removed:
             found[-1]["dvc.lock"] = "cut short"
         return repro
@@ -169,7 +172,9 @@ def kills(
             wait, target = rng.uniform(0, seconds[aim]), rng.choice(TARGETS)
             repro = run(until=aim)
             time.sleep(wait)
-            if repro.ended():
+            ended = repro.ended()
+            marked(repro)
+            if ended:
                 break
             at = position(repro.last())
             target, where, orphan = repro.kill(target)
