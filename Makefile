@@ -27,7 +27,7 @@ audit: install ## Audit your own images: make audit DATA=folder [DEFENSE=name] [
 	@test -e "$$DATA" || { echo "make audit: DATA=$$DATA is not there; give a folder, or an .npz file: make audit DATA=folder"; exit 1; }
 	case "$$DATA" in *.npz) source=npz;; *) source=folder;; esac; \
 	  dvc exp run -S settings.own.data.path="'$$(realpath -- "$$DATA" | sed "s/'/\\\\'/g")'" -S settings.own.data.source=$$source \
-	  -S audit.budget=$(or $(BUDGET),auto) $(if $(DEFENSE),-S defense=$(DEFENSE)) analysis/dvc.yaml:$(if $(RETRAIN),audit_retrain,audit)
+	  -S audit.budget=$(or $(BUDGET),auto) -S defense=$(or $(DEFENSE),whitened_mixture) analysis/dvc.yaml:$(if $(RETRAIN),audit_retrain,audit)
 
 report: install ## Draw results/ as one page: artifacts/report/index.html
 	dvc repro analysis/dvc.yaml:report

@@ -186,6 +186,10 @@ def main(args) -> None:
             if not np.array_equal(pictures.labels, labels):
                 raise UserError(f"{args.data}: its labels are not those of {args.features}; give the files of one run")
             names, classes, skipped = pictures.names, pictures.class_names, pictures.skipped
+        if args.images is not None and not args.images.is_dir():
+            raise UserError(
+                f"--images {args.images} is not there or no folder; give the one that the names are relative to"
+            )
         if args.images is not None and pictures is None:
             if names is None:
                 raise UserError(f"{args.features} holds no files, so that --images cannot be used; add their names")

@@ -96,7 +96,7 @@ def headline(summary: dict) -> tuple[str, str, str]:
         return (
             "The model learnt too little to judge by",
             f"It gives only {summary['fit']:.0%} of the rows the label that they have, so that it need not have learnt a "
-            "trigger: train longer (settings.own.train.epochs). "
+            "trigger: train longer (of your own images: settings.own.train.epochs). "
             + (f"The defense would name {names}." if names else ""),
             "open",
         )

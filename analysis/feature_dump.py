@@ -21,7 +21,7 @@ from stages.lib.errors import UserError
 from stages.lib.npz_images import Archive
 
 REQUIRED, OPTIONAL = ("features", "logits", "labels"), ("files", "classes")
-SCHEMA = "expected features (N, D), logits (N, C), labels (N,), and if known files (N,) and classes (C,)"
+SCHEMA = "expected features (N, D), logits (N, C), whole-numbered labels (N,), and if known files (N,) and classes (C,)"
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 

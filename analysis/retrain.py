@@ -20,7 +20,7 @@ def main(args) -> None:
         if not n_test:
             raise UserError(
                 "no test images to compare the models on: add a test folder (test_images to an archive), or set "
-                "data.test_fraction"
+                "settings.own.data.test_fraction"
             )
         args.rows = str(args.kept)
         train.main(args)

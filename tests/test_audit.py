@@ -430,6 +430,7 @@ def test_links_to_other_files_are_not_followed(audit, tmp_path):
         (("--defense", "nonesuch"), "nonesuch"),
         (("--copy-to", "clean"), "need --images"),
         (("--images", "."), "holds no files"),
+        (("--images", "nowhere"), "--images nowhere is not there or no folder"),
     ],
 )
 def test_refused_options(audit, tmp_path, words, message):

@@ -185,6 +185,7 @@ def test_names_in_parameters_stay_in_the_project(folder, data):
         ("seed: !!int ''", "not valid YAML"),
         ("settings: {}\ndefenses: {}\nsetting: ../x", "setting: '../x' cannot name a folder"),
         ("settings: {}\ndefenses: {}\ndefense: 'x; rm -r y'", "defense: 'x; rm -r y' cannot name a folder"),
+        ("settings: {}\ndefenses: {scan: {}}\ndefense: scna", "defense 'scna' has no line in"),
         ("settings: {}\ndefenses: {}\nseed: ../x", "seed is '../x'"),
     ],
 )  # fmt: skip

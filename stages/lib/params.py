@@ -276,10 +276,12 @@ def read(path: Path) -> dict:
             raise UserError(f"{path}: expected a block `{key}:` with one entry per name, got {values.get(key)!r}")
     for key in ("setting", "defense"):
         _check_name(values.get(key, "none"), f"{path}: {key}")
+    if "defense" in values:  # this and the filter are told before the trainings, not after them
+        _check_defense(values["defense"], values["defenses"], path)
     seed = values.get("seed", 0)
     if type(seed) is not int or seed < 0:
         raise UserError(f"{path}: seed is {seed!r}; expected a whole number from 0")
-    _filter(values, path)  # told before the trainings, not after them
+    _filter(values, path)
     audit = _build(Audit, values.get("audit", {}), f"{path}: audit")
     if audit.budget != "auto" and not (isinstance(audit.budget, int) and audit.budget >= 0):
         raise UserError(f"{path}: audit.budget is {audit.budget!r}; expected auto or a number of rows")
@@ -314,6 +316,14 @@ def _check_name(name, where: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UserError(
             f"{where}: {name!r} cannot name a folder: letters, digits, _ and - only (a dot ends a word in DVC)"
+        )
+
+
+def _check_defense(name: str, defenses: dict, path: Path) -> None:
+    if name not in defenses:
+        raise UserError(
+            f"defense {name!r} has no line in {path}{_did_you_mean(name, defenses)}; "
+            f"a new one needs `{name}: {{}}` under `defenses:`"
         )
 
 
@@ -362,11 +372,7 @@ def _filter(values: dict, path: Path) -> Filter:
 def defense_options(path: Path, name: str) -> dict:
     """The block ``defenses.<name>``: keyword arguments, to be checked by the defense itself."""
     defenses = read(path)["defenses"]
-    if name not in defenses:
-        raise UserError(
-            f"defense {name!r} has no line in {path}{_did_you_mean(name, defenses)}; "
-            f"a new one needs `{name}: {{}}` under `defenses:`"
-        )
+    _check_defense(name, defenses, path)
     options = defenses[name]
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise UserError(f"{path}: defenses.{name} is {options!r}; expected its options, or {{}} for none")
