@@ -124,7 +124,8 @@ def test_make_quotes_the_path(tmp_path, name):
     )  # fmt: skip
     words = ended.stdout.splitlines()
     assert words[:3] == ["exp", "run", "-S"] and words[4:] == [
-        "-S", "settings.own.data.source=folder", "-S", "audit.budget=7", "analysis/dvc.yaml:audit",
+        "-S", "settings.own.data.source=folder", "-S", "audit.budget=7", "-S", "defense=whitened_mixture",
+        "analysis/dvc.yaml:audit",
     ], ended.stderr  # fmt: skip
     (tmp_path / "params.yaml").write_text("settings: {own: {data: {path: x}}}")
     apply_overrides(tmp_path / "params.yaml", [words[3]])
