@@ -9,6 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stages.lib.errors import UserError
+from sweep.task import blind
 
 STORE = 256 * 1024**2  # bytes of a local object store: only the code and the results pass through it
 
@@ -45,20 +46,15 @@ def has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def check_sees(path: str) -> None:
-    """Refuse a machine that runs tasks and does not see the file. (One that joins later is told by its tasks.)"""
-    sees = {
-        node["NodeManagerHostname"]: ray.remote(os.path.exists)
-        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote(path)
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU", 0)
-    }
-    blind = sorted(name for name, seen in sees.items() if not ray.get(seen))
-    if blind:
-        raise UserError(
-            f"{', '.join(blind)}: does not see {os.path.dirname(path)}; give --cache FOLDER that all machines see, or --remote"
-        )
+def check_sees(token: str) -> None:
+    """Refuse a machine that runs tasks and does not see the token. (One that joins later is told by its tasks.)"""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    look = ray.remote(os.path.exists)
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    seen = ray.get([look.options(num_cpus=0, scheduling_strategy=where).remote(token) for where in there])
+    if not all(seen):
+        names = sorted({node["NodeManagerHostname"] for node, sees in zip(nodes, seen, strict=True) if not sees})
+        raise UserError(f"{', '.join(names)}: {blind(token)}")
 
 
 def check(cpus: float, gpus: float, may_grow: bool) -> None:

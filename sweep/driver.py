@@ -1,7 +1,7 @@
 """Hands a grid to Ray and tells how it goes. Ray places, retries and reports; what waits for what is said by references.
 
-Of each setting the data are read once, of each setting and seed the stages that
-do not depend on the defense run once, and then its cells, side by side.
+Of each setting the data are read once, of each setting and seed the stages that do not depend on the defense run once, and
+then its cells, side by side.
 """
 
 import contextlib

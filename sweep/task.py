@@ -87,8 +87,7 @@ def run(
     board.started.remote(name, node)
     started = time.monotonic()
     if code.token and not Path(code.token).exists():
-        words = f"does not see {Path(code.token).parents[1]}: give --cache FOLDER that all machines see, or --remote"
-        return Outcome(name, "failed", words, node)
+        return Outcome(name, "failed", blind(code.token), node)
     try:
         with copy(code, parameters) as (folder, register), lock(code, name):
             script = " && ".join(shlex.join([sys.executable, "-m", *words]) for words in commands)
@@ -117,6 +116,11 @@ def run(
             return ended
     except OSError as error:  # no space for the copy, a cache that is read-only there
         return Outcome(name, "failed", " ".join(str(error).split()), node)
+
+
+def blind(token: str) -> str:
+    """Of a machine that does not see the token, what is wrong with it."""
+    return f"does not see {Path(token).parents[1]}: give --cache FOLDER that all machines see, or --remote"
 
 
 @contextlib.contextmanager

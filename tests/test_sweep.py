@@ -276,8 +276,8 @@ def test_a_machine_that_does_not_see_the_cache_is_refused(tmp_path, refuses):
     try:
         (tmp_path / "token").touch()
         cluster.check_sees(str(tmp_path / "token"))
-        with refuses(socket.gethostname(), f"does not see {tmp_path / 'nowhere'}; give --cache"):
-            cluster.check_sees(str(tmp_path / "nowhere/token"))
+        with refuses(socket.gethostname(), f"does not see {tmp_path / 'nowhere'}: give --cache"):
+            cluster.check_sees(str(tmp_path / "nowhere/sweep/token"))
     finally:
         cluster.leave()
 
