@@ -112,11 +112,14 @@ def test_kills_that_cut_the_lock_short(done, monkeypatch):
 
 
 @pytest.mark.slow
-def test_thirty_kills_change_nothing(done):
-    """Of all stages; where they fall depends on the machine."""
-    found = kills(done.clone, 30, random.Random(1), done.seconds, lambda: done.clone.git("clean", "-ffdxq"))
+def test_thirty_kills_hit_every_stage(done):
+    """Or as many more as that takes: where they fall depends on the machine."""
+    found, hit, rng = [], set(), random.Random(1)
+    while len(found) < 30 or (len(found) < 200 and not hit >= {*LEFT, *RIGHT}):
+        found += kills(done.clone, 10, rng, done.seconds, lambda: done.clone.git("clean", "-ffdxq"))
+        hit = {kill["where"].split()[0] for kill in found}
     assert {kill["killed"] for kill in found} == set(kill.TARGETS)
-    assert len({kill["where"].split()[0] for kill in found} & {*LEFT, *RIGHT}) >= 5
+    assert hit >= {*LEFT, *RIGHT}
 
 
 @pytest.mark.slow
