@@ -1,6 +1,6 @@
 """What a sweep on Ray costs beside its stages: a grid in a fresh clone of HEAD with an empty cache, on this machine.
 
-    python -m benchmarks.sweep [--setting quick --defenses A B C D --seeds 1 2 3 4 5]
+    python -m benchmarks.sweep [--setting quick --defenses A B C D --seeds 1 2 3 4 5 --out FOLDER]
 
 Prints as JSON the seconds of the tasks (from the sweep's lines), of all stage commands and of the trainings alone (each a
 whole process, from its own record in the results), what the tasks add to the stages per cell, and, on a cluster that is
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,7 @@ def first_stage(clone: Path, words: list[str], folder: Path) -> float:
                 sys.exit("benchmarks.sweep: the sweep ended before a stage began")
             time.sleep(0.05)
         seconds = time.perf_counter() - started
+        process.send_signal(signal.SIGINT)
         process.communicate()
         return seconds
     finally:
@@ -64,9 +66,12 @@ def main() -> None:
                          default=["random_filter", "confidence_filter", "self_confidence", "whitened_mixture"])  # fmt: skip
     options.add_argument("--seeds", nargs="+", default=["1", "2", "3", "4", "5"])
     options.add_argument("--cpus-per-training", default="1")
+    options.add_argument("--out", type=Path, help="folder to keep the results in")
     args = options.parse_args()
+    if args.out and args.out.exists():
+        sys.exit(f"benchmarks.sweep: {args.out} is there, and cells that it holds would not run; give a new folder")
     with tempfile.TemporaryDirectory() as name:
-        clone, results = Path(name) / "clone", Path(name) / "results"
+        clone, results = Path(name) / "clone", (args.out or Path(name) / "results").resolve()
         subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
         words = ["--settings", args.setting, "--out", str(results), "--cpus-per-training", args.cpus_per_training]
         started = time.perf_counter()
