@@ -76,10 +76,14 @@ def main() -> None:
         words = ["--settings", args.setting, "--out", str(results), "--cpus-per-training", args.cpus_per_training]
         started = time.perf_counter()
         process = sweep(clone, [*words, "--defenses", *args.defenses, "--seeds", *args.seeds])
-        output = process.communicate()[0]
+        output = ""
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr, flush=True)
+            output += line
+        process.wait()
         wall = time.perf_counter() - started
         if process.returncode:
-            sys.exit(f"benchmarks.sweep: the sweep failed: {output[-2000:]}")
+            sys.exit("benchmarks.sweep: the sweep failed")
         tasks = sum(map(float, re.findall(r"^done .* (\d+) s on ", output, re.MULTILINE)))
         stages, trainings = stage_seconds(results)
         cells = len(args.defenses) * len(args.seeds)
