@@ -9,7 +9,6 @@ suspects.csv (every row, most suspicious first), kept.txt, kept.h5 (row numbers,
 
 import argparse
 import json
-import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,14 +65,13 @@ def judge(dump: Dump, args) -> Verdict:
         )
     except defenses.DefenseError as error:
         raise UserError(f"{dump.path}: {error}") from error
-    try:
-        number = getattr(defense, "n_suspected_", None)
-        classes = [operator.index(label) for label in getattr(defense, "suspected_classes_", None) or ()]
-        number = None if number is None else operator.index(number)
-    except TypeError as error:
-        raise UserError(
-            f"defense {args.defense}: n_suspected_ or suspected_classes_ is no whole number ({error})"
-        ) from error
+    number, classes = score_stage.suspicions(args.defense, defense)
+    classes = [] if classes is None else classes.tolist()
+    for label in classes:
+        if not 0 <= label < dump.logits.shape[1]:
+            raise UserError(
+                f"defense {args.defense} suspects class {label}; the classes are 0 to {dump.logits.shape[1] - 1}"
+            )
     budget = (number or 0) if args.budget == AUTO else args.budget
     if not 0 <= budget < len(scores):
         raise UserError(f"the budget is to remove {budget} of {len(scores)} rows; expected 0 to {len(scores) - 1}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.queue import Queue
+from stages.lib.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.grid import Cell
@@ -53,7 +54,10 @@ class Campaign:
             for name in self.running.keys() & finished.keys():
                 cell = self.running.pop(name)
                 self.open_groups.add((cell.setting, cell.seed))
-                self.end(cell, "done", str(self.finish(cell, *finished[name])))
+                try:
+                    self.end(cell, "done", str(self.finish(cell, *finished[name])))
+                except UserError as error:  # its artifacts are gone or not whole; the others go on
+                    self.end(cell, "failed", str(error))
             if time.monotonic() - looked > STATUS:
                 alone = self.look(alone)
                 looked = time.monotonic()

@@ -1,7 +1,6 @@
 """Compute cells without DVC or network, and export finished ones to `results/`, one JSON per cell.
 
-    python -m analysis.cells --settings resnet20-cifar10-badnets --defenses spectral_signature random_filter \
-        --seeds 1 2 --jobs 4 --time-limit 1500
+    python -m analysis.cells --settings resnet20-cifar10-badnets --defenses scan --seeds 1 2 --jobs 4 --time-limit 1500
     python -m analysis.cells --settings quick --defenses random_filter --seeds 42 --export-only
 
 The commands are those of dvc.yaml, and so are the paths: brought back to a checkout with the same params.yaml, the
@@ -15,15 +14,18 @@ import sys
 import time
 from pathlib import Path
 
+from analysis import grid
 from analysis.tasks import Runner, current_commit, tasks_of
 from stages.lib.errors import UserError
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(prog="python -m analysis.cells", description=__doc__.partition("\n")[0])
-    options.add_argument("--settings", nargs="+", required=True)
-    options.add_argument("--defenses", nargs="+", required=True)
-    options.add_argument("--seeds", nargs="+", type=int, required=True)
+    options = argparse.ArgumentParser(
+        prog="python -m analysis.cells", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--settings", nargs="+", required=True, help="blocks under `settings:` in params.yaml")
+    options.add_argument("--defenses", nargs="+", required=True, help="lines under `defenses:` in params.yaml")
+    options.add_argument("--seeds", nargs="+", type=int, required=True, help="whole numbers from 0")
     options.add_argument("--jobs", type=int, default=1, help="stages side by side")
     options.add_argument(
         "--time-limit", type=float, default=float("inf"), help="seconds; what is left resumes next time"
@@ -33,10 +35,13 @@ def main() -> int:
     options.add_argument("--dump", action="store_true", help="export the scores and the truth too, seed<k>.npz")
     options.add_argument("--export-only", action="store_true", help="run nothing")
     args = options.parse_args()
-    from analysis.export import export  # torch and scikit-learn, which --help does not need
-
     cells = [(s, d, k) for s in args.settings for k in args.seeds for d in args.defenses]
     try:
+        grid.check_jobs(args.jobs)
+        if not Path("dvc.yaml").exists():
+            raise UserError("dvc.yaml is not there; run from the folder of the checkout")
+        from analysis.export import export  # torch and scikit-learn, which neither --help nor a mistake needs
+
         unfinished = set()
         if not args.export_only:
             outcome = Runner(args.jobs, time.monotonic() + args.time_limit).run(tasks_of(cells))
@@ -51,6 +56,10 @@ def main() -> int:
         return 130
     except UserError as error:
         print(f"python -m analysis.cells: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        words = f"{error.strerror or error}: {error.filename or 'no file named'}"
+        print(f"python -m analysis.cells: {words}", file=sys.stderr)
         return 1
     return 2 if missing else 0
 

@@ -9,8 +9,10 @@ much recall is enough. k = 0 is the oracle filter's model and k = n_poison the v
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +55,8 @@ def chosen_counts(asked: list[int] | None, n_poison: int) -> list[int]:
 
 def train(args, counts: list[int], poisoned: PoisonedData, index_digest: str) -> dict[int, Path]:
     """A checkpoint for each count, trained by `stages.train`; one made from the same files is taken as it is."""
-    like = next(
-        task
-        for task in tasks_of([(args.setting, next(iter(params.read(args.params)["defenses"])), args.seed)]).values()
-        if task.name == "retrain_oracle"
-    )
+    cell = args.setting, next(iter(params.read(args.params)["defenses"])), args.seed
+    like = next(task for task in tasks_of([cell], args.params).values() if task.name == "retrain_oracle")
     modules = [path for path in like.deps if path.suffix == ".py"]
     folder = WORK / args.setting / f"seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,8 +65,10 @@ def train(args, counts: list[int], poisoned: PoisonedData, index_digest: str) ->
         kept, models[count] = folder / f"left{count}.h5", folder / f"left{count}.pt"
         rows = kept_rows(poisoned.index.poisoned, count, args.seed)
         storage.write(kept, "kept_rows", {"rows": rows}, {"n": poisoned.index.n, "index": index_digest})
-        command = (f"python -m stages.train --params {args.params} --setting {args.setting} --seed {args.seed} "
-                   f"--data {args.data} --index {args.index} --rows {kept} --out {models[count]}")  # fmt: skip
+        command = shlex.join(map(str, (
+            "python", "-m", "stages.train", "--params", args.params, "--setting", args.setting, "--seed", args.seed,
+            "--data", args.data, "--index", args.index, "--rows", kept, "--out", models[count],
+        )))  # fmt: skip
         deps = [args.data, args.index, kept, *modules]
         tasks[command] = Task("train", command, deps, [models[count]], like.parameters)
     outcome = Runner(args.jobs, float("inf")).run(tasks)
@@ -106,6 +107,10 @@ def measure(args) -> None:
             if checkpoint.conditions["rows"] != rows:
                 raise UserError(
                     f"{models[count]} was not trained with {count} poisoned rows left in; give the right file"
+                )
+            if checkpoint.conditions["recipe"] != dataclasses.asdict(parameters().train):
+                raise UserError(
+                    f"{models[count]} was trained by another recipe than that of {args.params}; train it again"
                 )
             found = metrics.of_model(checkpoint, poisoned, where)
             points.append(

@@ -12,7 +12,6 @@ plots        numbers of the report's pictures, rounded
 conditions   commit, versions, device, parameters;  resources: seconds and peak memory of each stage
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -25,10 +24,12 @@ import h5py
 import numpy as np
 
 import defenses
+from analysis.made_with import difference
 from analysis.schema import SCHEMA_VERSION
 from stages import evaluate
 from stages import filter as filter_stage
 from stages.lib import checkpoints, metrics, params, storage
+from stages.lib.errors import UserError
 from stages.lib.poisoning import PoisonIndex, open_poisoned
 
 BUDGETS = (1.0, 1.5)  # times the poisoned share: the public task's budget, and that of its later revision
@@ -41,7 +42,8 @@ PACKAGES = ("numpy", "scikit-learn", "h5py")
 
 def export(setting: str, defense: str, seed: int, folder: Path, commit: str | None, dump: bool = False) -> Path | None:
     """Write `<folder>/<setting>/<defense>/seed<k>.json` from a finished cell; None if it is not finished, or if its files
-    are not of one piece or of other parameters than those in params.yaml.
+    are not of one piece or of other parameters than those in params.yaml (all but the block `data` and the options of the
+    defense, which the files do not tell).
 
     dump: also `seed<k>.npz` with the scores and the truth, from which the figures of the filter can be computed again.
     """
@@ -51,30 +53,28 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
         return None
     poisoned = open_poisoned(shared.parent / "data.h5", shared / "poison.h5")
     index = poisoned.index
+    digest = storage.digest(shared / "poison.h5")
     with storage.open_(cell / "scores.h5", "scores") as file:
         scores, about = file["scores"][:], dict(file.attrs)
     with storage.open_(cell / "kept.h5", "kept_rows") as file:
-        kept_rows, kept_index = file["rows"][:], file.attrs["index"]
-    kept = np.zeros(index.n, bool)
-    kept[kept_rows] = True
+        kept_rows, of_one_piece = file["rows"][:], about["index"] == file.attrs["index"] == digest
+    if not of_one_piece:
+        return None
     found_metrics = json.loads((cell / "metrics.json").read_text())
-
     paths = {"undefended": shared / "victim.pt", "oracle": shared / "oracle.pt", "retrained": cell / "retrained.pt"}
     models = {name: checkpoints.load(path) for name, path in paths.items()}
-    wanted = params.setting(Path("params.yaml"), setting)
-    digest = storage.digest(shared / "poison.h5")
+    try:
+        kept = ~filtered(scores, about)
+    except UserError:  # the filter in params.yaml refuses this defense
+        return None
     of_one_piece = (
-        about["index"] == kept_index == digest
+        np.array_equal(np.flatnonzero(kept), kept_rows)
         and all(model.conditions["index"] == digest for model in models.values())
         and models["retrained"].conditions["rows"] == storage.digest_array(kept_rows)
         and metrics.of_filter(scores, kept, index.poisoned).items() <= found_metrics.items()
     )
-    of_these_parameters = all(
-        model.conditions["recipe"] == dataclasses.asdict(wanted.train)
-        and model.architecture.network == wanted.model.network
-        for model in models.values()
-    )
-    if not (of_one_piece and of_these_parameters):
+    wanted = params.setting(Path("params.yaml"), setting)
+    if not of_one_piece or difference(wanted, seed, poisoned.data, shared / "poison.h5", models.values()):
         return None
 
     values = params.read(Path("params.yaml"))
@@ -124,6 +124,13 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
     if dump:
         np.savez_compressed(path.with_suffix(".npz"), scores=scores, poisoned=index.poisoned, kept=kept)
     return path
+
+
+def filtered(scores: np.ndarray, about: dict) -> np.ndarray:
+    """(N,) bool: what the filter removes with the budget in params.yaml. about: attributes of the scores."""
+    fraction, suspected = storage.optional_fraction(about["poison_fraction"]), about.get("n_suspected")
+    spec = params.filter_(Path("params.yaml"))
+    return filter_stage.removed(scores, filter_stage.n_to_remove(spec, len(scores), fraction, suspected))
 
 
 def of_budget(scores: np.ndarray, kept: np.ndarray, index: PoisonIndex) -> dict:

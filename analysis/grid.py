@@ -106,12 +106,17 @@ def choose(settings: list[str], defenses: list[str] | None, seeds: list[int], bu
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--settings", nargs="+", required=True)
+    options.add_argument("--settings", nargs="+", required=True, help="blocks under `settings:` in params.yaml")
     options.add_argument("--defenses", nargs="+", help="default: all that can run so")
-    options.add_argument("--seeds", nargs="+", type=int, required=True)
+    options.add_argument("--seeds", nargs="+", type=int, required=True, help="whole numbers from 0")
     options.add_argument("--budget", help="auto or a number of rows to remove; default: what params.yaml says")
     options.add_argument("--again", action="store_true", help="also cells whose result is there")
     options.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON files")
+
+
+def check_jobs(jobs: int) -> None:
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}; expected 1 or more")
 
 
 def without_result(args: argparse.Namespace) -> list[Cell]:

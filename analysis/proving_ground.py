@@ -12,8 +12,8 @@ what is there for the same dump, the same defense file and the same options is n
 """
 
 import argparse
-import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -29,7 +29,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import defenses
-from analysis.proving_tables import table
+from analysis.made_with import difference
+from analysis.proving_tables import table, version_of
 from stages.lib import checkpoints, device, metrics, params, poisoning, runtime, storage
 from stages.lib.errors import UserError
 from stages.lib.seeds import stream
@@ -118,21 +119,37 @@ def listed(path: Path = LIST) -> list[Dump]:
     return found
 
 
-def make(dump: Dump, deadline: float) -> None:
-    """Train the victim and extract its features by the plain stage commands, unless they are there."""
-    dump.folder.mkdir(parents=True, exist_ok=True)
-    settings = Path("params.yaml")
-    if dump.change:
-        values = params.read(settings)
-        block = values["settings"].get(dump.setting)
-        for key, value in dump.change:
-            *parents, last = key.split(".")
-            part = block
+def parameters(dump: Dump) -> Path:
+    """The file with the dump's setting: params.yaml, or one that is written beside the dump where something is changed.
+
+    `UserError` where that file was written for another list, so that what lies there was made otherwise.
+    """
+    if not dump.change:
+        return Path("params.yaml")
+    values = params.read(Path("params.yaml"))
+    params.setting(Path("params.yaml"), dump.setting)
+    block = values["settings"][dump.setting]
+    for key, value in dump.change:
+        *parents, last = key.split(".")
+        part = block
+        try:
             for word in parents:
                 part = part[word]
             part[last] = value
-        settings = dump.folder.parent / "params.yaml"
-        settings.write_text(yaml.safe_dump({**values, "settings": {dump.setting: block}}))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"dump {dump.name}: setting {dump.setting} has no block {'.'.join(parents)}") from error
+    path = dump.folder.parent / "params.yaml"
+    if path.exists() and params.read(path)["settings"] != {dump.setting: block}:
+        raise UserError(f"{path.parent} was made with other parameters than {dump.name} has now; delete that folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({**values, "settings": {dump.setting: block}}))
+    return path
+
+
+def make(dump: Dump, deadline: float) -> None:
+    """Train the victim and extract its features by the plain stage commands, unless they are there."""
+    settings = parameters(dump)
+    dump.folder.mkdir(parents=True, exist_ok=True)
     data, index, victim = dump.data, dump.folder / "poison.h5", dump.folder / "victim.pt"
     of, seed = ["--params", settings, "--setting", dump.setting], ["--seed", dump.seed]
     both = ["--data", data, "--index", index]
@@ -158,10 +175,9 @@ def make(dump: Dump, deadline: float) -> None:
                 raise UserError(f"{dump.name} seed {dump.seed}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
 
 
-def undefended(dump: Dump) -> dict:
+def undefended(dump: Dump, checkpoint: checkpoints.Checkpoint) -> dict:
     """Clean accuracy and attack success of the victim: on an attack that did not take, a low recall is no failure."""
     poisoned = poisoning.open_poisoned(dump.data, dump.folder / "poison.h5")
-    checkpoint = checkpoints.load(dump.folder / "victim.pt")
     found = metrics.of_model(checkpoint, poisoned, device.decide(runtime.load()).device)
     return {key: value for key, value in found.items() if isinstance(value, float)}
 
@@ -209,62 +225,101 @@ def judge(scores: np.ndarray, labels: np.ndarray, poisoned: np.ndarray, n_suspec
 
 
 def run_one(name: str, mode: str, dump: Dump, arrays, constants: dict | None = None) -> dict:
-    """Score one dump with one defense in one mode; a refusal (it needs what the mode hides) is recorded as such."""
+    """Score one dump with one defense in one mode; that it needs what the mode hides is recorded. `DefenseError` if it
+    fails."""
     features, logits, labels, poisoned = arrays
     told, options = MODES[mode]
     fraction = poisoned.mean() if told and poisoned.any() else None
     started = time.monotonic()
     try:
         defense = defenses.load(name, **options)
-        module = sys.modules[type(defense).__module__]
-        for constant, value in (constants or {}).items():
-            before = getattr(module, constant)
-            setattr(module, constant, {**before, **value} if isinstance(before, dict) else value)
-        seed = stream(dump.seed, "defense") % 2**32
-        scores = defenses.score(defense, features, logits, labels, fraction, seed=seed, n_classes=logits.shape[1])
-    except defenses.DefenseError as error:
+    except defenses.DefenseError as error:  # without options `main` has loaded it
         return {"refused": str(error)}
+    needs = defenses.relies_on(defense)
+    if fraction is None and (needs is None or "poison_fraction" in needs):
+        return {"refused": "relies on poison_fraction"}
+    module = sys.modules[type(defense).__module__]
+    for constant, value in (constants or {}).items():
+        before = getattr(module, constant)
+        setattr(module, constant, {**before, **value} if isinstance(before, dict) else value)
+    seed = stream(dump.seed, "defense") % 2**32
+    scores = defenses.score(defense, features, logits, labels, fraction, seed=seed, n_classes=logits.shape[1])
     found = judge(scores, labels, poisoned, getattr(defense, "n_suspected_", None))
     return found | {"seconds": round(time.monotonic() - started, 2)}
 
 
 def read(dump: Dump):
+    """Features, logits, labels and truth of a dump, and its victim; `UserError` if they do not belong together, or were
+    not made as the list says."""
+    data, index, victim = dump.data, dump.folder / "poison.h5", dump.folder / "victim.pt"
+    checkpoint = checkpoints.load_for(victim, data, index, (storage.digest(data), storage.digest(index)))
+    setting = params.setting(parameters(dump), dump.setting)
+    if other := difference(setting, dump.seed, data, index, [checkpoint]):
+        raise UserError(f"{dump.folder} is not what {dump.name} is now: {other}; delete that folder")
     with storage.open_(dump.folder / "features.h5", "features") as file:
+        for what, path in (("index", index), ("checkpoint", victim)):
+            storage.must_match(what, dump.folder / "features.h5", file.attrs.get(what, ""), path)
         features, logits, labels = (file[name][:].astype(kind) for name, kind in
                                     (("features", "float32"), ("logits", "float32"), ("labels", "int64")))  # fmt: skip
-    return features, logits, labels, poisoning.read_index(dump.folder / "poison.h5").poisoned
+    return (features, logits, labels, poisoning.read_index(index).poisoned), checkpoint
 
 
-def record(dump: Dump, jobs: list[tuple[str, str, str | None]], out: Path) -> dict:
-    """Everything known of one dump, computing what is missing; written after each defense."""
+def load_record(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("no mapping")
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); take it back from git, or delete it") from error
+    return found
+
+
+def record(dump: Dump, jobs: list[tuple[str, str, str | None]], out: Path) -> tuple[dict, int]:
+    """Everything known of one dump, computing what is missing, written after each defense; and how many failed."""
     path = out / dump.use / dump.name / f"seed{dump.seed}.json"
     digest = storage.digest(dump.folder / "features.h5")
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found, failed = load_record(path), 0
     if found.get("features") != digest:
         found = {"features": digest, "dump": dump.name, "seed": dump.seed, "use": dump.use, "scored": {}}
-    arrays = read(dump)
+    arrays, checkpoint = read(dump)
     poisoned = arrays[3]
     if "n" not in found:
-        checkpoint = checkpoints.load(dump.folder / "victim.pt")
-        found |= {"n": len(poisoned), "n_poisoned": int(poisoned.sum()), "undefended": undefended(dump)}
+        found |= {"n": len(poisoned), "n_poisoned": int(poisoned.sum()), "undefended": undefended(dump, checkpoint)}
         found["runtime"] = checkpoint.conditions["runtime"]
         inside = np.isin(arrays[2], np.unique(arrays[2][poisoned]))
         found["share_of_class"] = float(poisoned.sum() / inside.sum()) if poisoned.any() else 0.0
         found["ceiling"] = ceiling(*arrays) if poisoned.any() else None
     for name, mode, ablation in jobs:
-        file = Path(name) if name.endswith(".py") else Path(defenses.__file__).with_name(f"{name}.py")
-        source = file.read_bytes()
-        version = hashlib.sha256(
-            source + json.dumps(ABLATIONS.get(ablation, {}), default=lambda made: made.__name__).encode()
-        ).hexdigest()[:16]
-        key = " / ".join(filter(None, (Path(name).stem, mode, ablation)))
-        if found["scored"].get(key, {}).get("version") != version:
+        changes = json.dumps(ABLATIONS.get(ablation, {}), default=lambda made: made.__name__)
+        version = version_of(file_of(name), changes)
+        key = key_of(name, mode, ablation)
+        if found["scored"].get(key, {}).get("version") == version:
+            continue
+        try:
             result = run_one(name, mode, dump, arrays, ABLATIONS.get(ablation))
-            found["scored"][key] = {"version": version, **result}
-            print(f"{dump.name} seed {dump.seed}: {key}: " + _line(result), flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    return found
+        except defenses.DefenseError as error:
+            print(f"{dump.name} seed {dump.seed}: {key}: failed, not recorded: {error}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
+        found["scored"][key] = {"version": version, **result}
+        print(f"{dump.name} seed {dump.seed}: {key}: " + _line(result), flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+    return found, failed
+
+
+def file_of(name: str) -> Path:
+    return Path(name) if name.endswith(".py") else Path(defenses.__file__).with_name(f"{name}.py")
+
+
+def key_of(name: str, mode: str, ablation: str | None) -> str:
+    """Of a record: a defense of this project by its name, one from elsewhere by its path."""
+    own = file_of(name).resolve().parent == Path(defenses.__file__).parent
+    return " / ".join(filter(None, (Path(name).stem if own else name, mode, ablation)))
 
 
 def _line(result: dict) -> str:
@@ -309,8 +364,9 @@ def main() -> int:
         if args.ablation:
             jobs += [("whitened_mixture", mode, ablation) for ablation in ABLATIONS for mode in args.modes]
         there = [dump for dump in dumps if (dump.folder / "features.h5").exists()]
-        records = [record(dump, jobs, args.out) for dump in there]
-        keys = [" / ".join(filter(None, (Path(name).stem, mode, ablation))) for name, mode, ablation in jobs]
+        outcomes = [record(dump, jobs, args.out) for dump in there]
+        records = [found for found, _ in outcomes]
+        keys = [key_of(*job) for job in jobs]
         for use in ("development", "report"):
             chosen = [found for found in records if found["use"] == use and found["n_poisoned"]]
             for figure in args.figure if chosen else ():
@@ -321,6 +377,8 @@ def main() -> int:
         missing = [f"{dump.name} seed {dump.seed}" for dump in dumps if dump not in there]
         if missing:
             print(f"\nnot there (--make trains their victims): {', '.join(missing)}")
+        if any(failed for _, failed in outcomes):
+            return 1
     except TimeoutError:
         print("python -m analysis.proving_ground: the time is up; the same command goes on", file=sys.stderr)
         return 2

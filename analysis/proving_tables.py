@@ -6,9 +6,13 @@ Nothing is computed here but means, and nothing is typed: tests compare the comm
 """
 
 import argparse
+import functools
+import hashlib
+import io
 import json
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +23,18 @@ TOOK = 0.5  # an undefended ASR below: the attack did not take, and the dump is 
 OWN = "whitened_mixture"
 HEADLINE = 8  # defenses in the README's table
 MODES = ("told", "hidden", "blind", "hidden_blind")
+DEFENSES = Path(__file__).parents[1] / "defenses"
+STALE = "†"
+NOTE = f"{STALE} scored by an earlier version of the defense's file."
 USES = {"report": "Reported", "development": "Development (choices were made on these)"}
 BLOCK = re.compile(r"(<!-- proving-ground:begin -->\n).*?(<!-- proving-ground:end -->)", re.DOTALL)
 PREFACE = """# Proving ground
 
 Written by `python -m analysis.proving_tables` from the JSON files beside it, one per dump; made by
-`python -m analysis.proving_ground`. Each row is one victim, CPU, so that there is no spread to report. *Ceiling*: recall
-at the exact budget of a logistic regression on the truth, within the poisoned classes, out of 5 folds: what the dump
-allows. Dumps on which the undefended ASR is below {took} are listed, but not in the means: the attack did not take. In
-*hidden* the class sizes are not used, in *blind* the poison fraction is not given, in *hidden_blind* neither.
+`python -m analysis.proving_ground`. Each row is one victim ({devices}), so that there is no spread to report. *Ceiling*:
+recall at the exact budget of a logistic regression on the truth, within the poisoned classes, out of 5 folds. Dumps on
+which the undefended ASR is below {took} are listed, but not in the means: the attack did not take. In *hidden* the class
+sizes are not used, in *blind* the poison fraction is not given, in *hidden_blind* neither.
 """
 
 
@@ -45,6 +52,32 @@ def value(found: dict, key: str, figure: str):
     return found["scored"].get(key, {}).get(figure)
 
 
+@functools.cache
+def version_of(file: Path, changes: str = "{}") -> str:
+    """Digest of a defense's code and of what an ablation changes in it (JSON): a figure holds for these and no others.
+
+    Comments, docstrings and the breaking of lines do not count.
+    """
+    words, at_start = [], True
+    for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if not (at_start and token.type == tokenize.STRING):
+            words.append(token.string)
+        at_start = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    return hashlib.sha256(("".join(words) + changes).encode()).hexdigest()[:16]
+
+
+def mark(found: dict, key: str) -> str:
+    """The sign for a figure that another version of the defense's file has made than the one that is there."""
+    file, version = DEFENSES / f"{key.split(' / ')[0]}.py", value(found, key, "version")
+    return STALE if version and key.count(" / ") == 1 and file.exists() and version != version_of(file) else ""
+
+
+def noted(text: str) -> str:
+    return f"{text}\n\n{NOTE}" if STALE in text else text
+
+
 def table(records: list[dict], keys: list[str], figure: str, names: list[str] | None = None) -> str:
     """One row a dump, one column a key; then the mean over the attacks that took and, for recall, the mean rank."""
     lines = [
@@ -58,14 +91,15 @@ def table(records: list[dict], keys: list[str], figure: str, names: list[str] | 
             rows.append([np.nan if v is None else v for v in values])
         asr, share = found["undefended"].get("asr"), found["share_of_class"]
         head = [f"{found['dump']} ({found['seed']})", f"{share:.0%}", show(asr), show(found["ceiling"])]
-        lines.append("| " + " | ".join(head + [show(v) for v in values]) + " |")
+        cells = [show(v) + mark(found, key) for v, key in zip(values, keys, strict=True)]
+        lines.append("| " + " | ".join(head + cells) + " |")
     values = np.array(rows, float)
     if len(values) and not np.isnan(values).any():
         lines.append("| *mean* | | | | " + " | ".join(f"{v:.3f}" for v in values.mean(axis=0)) + " |")
         if figure == "recall" and len(keys) > 1:
             ranks = np.array([rankdata(-row.round(6)) for row in values]).mean(axis=0)
             lines.append("| *mean rank* | | | | " + " | ".join(f"{rank:.1f}" for rank in ranks) + " |")
-    return "\n".join(lines)
+    return noted("\n".join(lines))
 
 
 def show(v) -> str:
@@ -93,22 +127,23 @@ def own(records: list[dict]) -> str:
                 cells.append("suspects nothing")
             else:
                 cells.append("" if recall is None else f"{recall:.3f}, precision {precision:.3f}")
+        cells = [cell + mark(found, f"{OWN} / {mode}") for cell, mode in zip(cells, MODES, strict=True)]
         asr, share = found["undefended"].get("asr"), found["share_of_class"]
         head = [f"{found['dump']} ({found['seed']})", f"{share:.0%}", show(asr), show(found["ceiling"])]
         lines.append("| " + " | ".join(head + cells) + " |")
-    return "\n".join(lines)
+    return noted("\n".join(lines))
 
 
 def clean(records: list[dict]) -> str:
     """Rows that a defense suspects where nothing is poisoned."""
     keys = sorted(
-        {k for f in records for k in f["scored"] if value(f, k, "n_suspected") is not None and k.count("/") == 1}
+        {k for f in records for k in f["scored"] if value(f, k, "n_suspected") is not None and k.count(" / ") == 1}
     )
     lines = ["| dump (seed) | rows | " + " | ".join(keys) + " |", "|---|--:|" + "--:|" * len(keys)]
     for found in records:
-        values = [show(value(found, key, "n_suspected")) for key in keys]
+        values = [show(value(found, key, "n_suspected")) + mark(found, key) for key in keys]
         lines.append(f"| {found['dump']} ({found['seed']}) | {found['n']} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+    return noted("\n".join(lines))
 
 
 def ablation(records: list[dict]) -> str:
@@ -127,11 +162,14 @@ def ablation(records: list[dict]) -> str:
             values = [value(found, key, "recall") for found in records]
             cells.append("" if None in values or not values else f"{np.mean(values):.3f}, {min(values):.3f}")
         lines.append(f"| {name or '*all ingredients*'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    earlier = sum(bool(mark(found, f"{OWN} / told")) for found in records)
+    text = "\n".join(lines)
+    return f"{text}\n\nOn {earlier} of {len(records)} dumps by an earlier version of the file." if earlier else text
 
 
 def page(records: list[dict]) -> str:
-    parts = [PREFACE.format(took=TOOK)]
+    devices = sorted({found["runtime"]["device"] for found in records if "runtime" in found})
+    parts = [PREFACE.format(took=TOOK, devices=" or ".join(devices).upper())]
     for use, title in USES.items():
         chosen = [found for found in records if found["use"] == use]
         poisoned = [found for found in chosen if found["n_poisoned"]]

@@ -61,8 +61,7 @@ def export(cell: Cell, experiment: str, base: str, queue: Queue, out: Path) -> P
 
 
 def main(args) -> int:
-    if args.jobs < 1:
-        raise UserError(f"--jobs is {args.jobs}; expected 1 or more")
+    grid.check_jobs(args.jobs)
     queue = Queue(args.jobs)
     todo = grid.without_result(args)
     if args.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -86,7 +85,9 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    options = argparse.ArgumentParser(prog="python -m analysis.seeds", description=__doc__.partition("\n")[0])
+    options = argparse.ArgumentParser(
+        prog="python -m analysis.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     grid.add_options(options)
     options.add_argument("--jobs", type=int, default=1, help="cells side by side; the cores are shared among them")
     try:

@@ -55,14 +55,14 @@ class Task:
         return self.stamp.read_text() == self.state()
 
 
-def tasks_of(cells: list[tuple[str, str, int]]) -> dict[str, Task]:
-    """All stages of these (setting, defense, seed) cells by their command, each once."""
+def tasks_of(cells: list[tuple[str, str, int]], path: Path = Path("params.yaml")) -> dict[str, Task]:
+    """All stages of these (setting, defense, seed) cells by their command, each once. path: of the parameters."""
     stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
-    values = params.read(Path("params.yaml"))
+    values = params.read(path)
     tasks: dict[str, Task] = {}
     for setting, defense, seed in cells:
-        params.setting(Path("params.yaml"), setting)  # a mistake is told before work begins
-        params.defense_options(Path("params.yaml"), defense)
+        params.setting(path, setting)  # a mistake is told before work begins
+        params.defense_options(path, defense)
 
         def fill(text: str, cell=(("setting", setting), ("defense", defense), ("seed", str(seed)))) -> str:
             for word, value in cell:
@@ -72,12 +72,12 @@ def tasks_of(cells: list[tuple[str, str, int]]) -> dict[str, Task]:
         for name, stage in stages.items():
             command = " ".join(fill(stage["cmd"]).split())
             # Shared outputs (metrics, plots) are overwritten by the next cell and do not count.
-            deps, outs = ([Path(fill(path)) for path in stage[kind]] for kind in ("deps", "outs"))
-            blocks = {path: block(values, fill(path)) for path in stage.get("params", [])}
+            deps, outs = ([Path(fill(file)) for file in stage[kind]] for kind in ("deps", "outs"))
+            blocks = {dotted: block(values, fill(dotted)) for dotted in stage.get("params", [])}
             tasks.setdefault(command, Task(name, command, deps, outs, blocks))
-    made_by = {path: task.command for task in tasks.values() for path in task.outs}
+    made_by = {file: task.command for task in tasks.values() for file in task.outs}
     for task in tasks.values():
-        task.after = {made_by[path] for path in task.deps if path in made_by}
+        task.after = {made_by[file] for file in task.deps if file in made_by}
     return tasks
 
 

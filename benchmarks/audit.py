@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from stages.lib import datasets, export_folder, runtime, stage
+from stages.lib.errors import UserError
 
 CLASSES, PER_CLASS, TEST_PER_CLASS = 6, 250, 40
 SIDES = (128, 256)
@@ -62,6 +63,10 @@ def recall(args) -> None:
     """Print what the audit found of the poison in the truth file."""
     with open(args.truth, newline="") as file:
         poison = {line["file"] for line in csv.DictReader(file) if line["role"] == "poison"}
+    if not poison:
+        raise UserError(
+            f"{args.truth} names no poisoned row, so there is no recall; give the truth of a poisoned folder"
+        )
     with open(args.suspects, newline="") as file:
         ranked = [(line["file"], line["removed"] == "yes") for line in csv.DictReader(file)]
     removed = {name for name, gone in ranked if gone}

@@ -85,7 +85,8 @@ def main() -> int:
             command = [sys.executable, "-m", "benchmarks.scoring", "--measure", str(path), name]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                print(f"{size} {name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                reason = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+                print(f"{size} {name}: {reason}", file=sys.stderr)
                 return 1
             found.append({"size": size, "defense": name} | json.loads(done.stdout))
             row = found[-1]

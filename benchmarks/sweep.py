@@ -8,8 +8,10 @@ warm, the time from starting the command to the first stage of one more seed.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -98,6 +100,8 @@ def main() -> None:
             "share_of_trainings": round((tasks - stages) / trainings, 4),
             "share_of_trainings_with_other_stages": round(tasks / trainings - 1, 4),
             "first_stage_seconds": round(first_stage(clone, one, folder), 2),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()), "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("dvc", "ray", "torch")},
         }, indent=1))  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """score: one score per training sample by a defense, higher = more suspicious.
 
-Reads features, logits and labels after poisoning, nothing else: which rows are poisoned stands in the poison index,
-which this stage is never given. Works without DVC, with a defense from anywhere:
+Reads features, logits, labels after poisoning and the poison fraction stored with them: which rows are poisoned stands in
+the poison index, which this stage is never given. Works without DVC, with a defense from anywhere:
 python -m stages.score --defense path/to/file.py --features features.h5 --out scores.h5
 """
 
@@ -31,6 +31,16 @@ def given_options(args) -> dict:
     return options
 
 
+def suspicions(name: str, defense) -> tuple[int | None, np.ndarray | None]:
+    """How many rows and which classes, (K,) int64, a defense suspects after scoring; None for what it does not decide."""
+    number, classes = (getattr(defense, word, None) for word in ("n_suspected_", "suspected_classes_"))
+    try:
+        number = None if number is None else operator.index(number)
+        return number, None if classes is None else np.array([operator.index(label) for label in classes], np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"defense {name}: n_suspected_ or suspected_classes_ is no whole number ({error})") from error
+
+
 def main(args) -> None:
     fraction = args.poison_fraction
     if fraction is not None and not 0 < fraction <= 0.5:
@@ -58,16 +68,11 @@ def main(args) -> None:
                 "index": index,
                 "features": storage.digest(args.features),
             }
-            try:
-                if getattr(defense, "n_suspected_", None) is not None:
-                    attributes["n_suspected"] = operator.index(defense.n_suspected_)
-                if getattr(defense, "suspected_classes_", None) is not None:
-                    classes = [operator.index(label) for label in defense.suspected_classes_]
-                    attributes["suspected_classes"] = np.array(classes, np.int64)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise UserError(
-                    f"defense {args.defense}: n_suspected_ or suspected_classes_ is no whole number ({error})"
-                ) from error
+            number, classes = suspicions(args.defense, defense)
+            if number is not None:
+                attributes["n_suspected"] = number
+            if classes is not None:
+                attributes["suspected_classes"] = classes
             with stage.naming(args.out):
                 storage.write(temporary[args.out], "scores", {"scores": scores}, attributes)
     except defenses.DefenseError as error:

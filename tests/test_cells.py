@@ -1,12 +1,15 @@
 """Cells by plain commands: the same files as DVC makes, nothing twice, and a time limit that loses nothing."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_pipeline import LEFT, RIGHT, Clone
 
+from analysis import cells
 from analysis.tasks import Runner, Task
 
 
@@ -42,10 +45,14 @@ def test_computes_exports_and_resumes(clone):
 
     path = clone.folder / "params.yaml"
     before = path.read_text()
-    path.write_text(before.replace("lr: 0.01", "lr: 0.011"))
-    for words in (["--time-limit", "0"], ["--export-only"]):
-        status, output = run(clone, "--defenses", "random_filter", *words)
-        assert status == 2 and "open" in output, "figures never stand beside parameters they were not made with"
+    for old, other in (
+        ("lr: 0.01", "lr: 0.011"), ("budget_multiplier: 1.0", "budget_multiplier: 1.5"), ("target_label: 1", "target_label: 2"),
+    ):  # fmt: skip
+        assert old in before
+        path.write_text(before.replace(old, other))
+        for words in (["--time-limit", "0"], ["--export-only"]):
+            status, output = run(clone, "--defenses", "random_filter", *words)
+            assert status == 2 and "open" in output, "figures never stand beside parameters they were not made with"
     path.write_text(before)
 
     scores = clone.folder / "artifacts/tiny/seed1/random_filter/scores.h5"
@@ -69,6 +76,34 @@ def test_mistakes_are_told_before_work_begins(clone):
     status, output = run(clone, "--defenses", "nobody")
     assert status == 1 and "start" not in output and "Traceback" not in output
     assert "defense 'nobody' has no line in params.yaml" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--jobs", "0"], "--jobs is 0; expected 1 or more"), ([], "dvc.yaml is not there; run from the folder of the")],
+)
+def test_a_mistake_outside_a_checkout_is_one_line(tmp_path, words, told):
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis.cells", "--settings", "quick", "--defenses", "scan", "--seeds", "1", *words],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"python -m analysis.cells: {told}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (FileNotFoundError(2, "No such file or directory", "data.h5"), "No such file or directory: data.h5"),
+    (OSError("odd"), "odd: no file named"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_used_is_one_line(monkeypatch, capsys, error, told):
+    def refuse(_):
+        raise error
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(cells, "tasks_of", refuse)
+    monkeypatch.setattr(sys, "argv", ["cells", "--settings", "quick", "--defenses", "scan", "--seeds", "1"])
+    assert cells.main() == 1
+    assert capsys.readouterr() == ("", f"python -m analysis.cells: {told}\n")
 
 
 def test_a_failed_stage_skips_what_needs_it_and_nothing_else(tmp_path, monkeypatch):

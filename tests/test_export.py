@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import export
-from stages.lib import params, storage
+from stages.lib import storage
 from stages.lib.poisoning import PoisonIndex
 
 
@@ -106,7 +106,3 @@ def test_ledger():
         "relies_on": ["class_sizes"], "may_use": ["poison_fraction"], "told": {"poison_fraction": 0.1}, "n_suspected": 3,
         "suspected_classes": [2],
     }  # fmt: skip
-
-
-def test_the_budgets_are_those_of_the_filter():
-    assert params.Filter().budget_multiplier == export.BUDGETS[0] == 1.0

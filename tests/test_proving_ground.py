@@ -95,6 +95,36 @@ def test_from_the_list_to_the_tables(tmp_path):
     assert again.returncode == 0 and "seed 3: whitened" not in again.stdout  # nothing is computed twice
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
+    (tmp_path / "scan.py").write_text(  # of the name of another, and it fails
+        "class BackdoorDefense:\n    RELIES_ON = ()\n    def fit(self, features, labels, poison_fraction):\n        pass\n"
+        "    def score_samples(self, features, logits):\n        assert FINE\n        return features[:, 0]\n"
+    )
+    one = ["--list", "dumps.yaml", "--use", "development", "--defenses", "./scan.py"]
+    failed = run(tmp_path, *one)
+    assert failed.returncode == 1 and "failed, not recorded" in failed.stderr and "NameError" in failed.stderr
+    record = tmp_path / "results/proving_ground/development/tiny/seed3.json"
+    assert json.loads(record.read_text()) == found
+    (tmp_path / "scan.py").write_text((tmp_path / "scan.py").read_text().replace("assert FINE", "pass"))
+    assert run(tmp_path, *one).returncode == 0
+    scored = json.loads(record.read_text())["scored"]
+    assert scored.keys() - found["scored"].keys() == {"./scan.py / told"}, (
+        "it does not pass for the one of this project"
+    )
+
+    for path, old, new, expected in (
+        ("params.yaml", "poison_fraction: 0.1", "poison_fraction: 0.12", "another attack, trigger, fraction or seed"),
+        ("params.yaml", "lr: 0.02", "lr: 0.03", "another recipe"),
+        ("dumps.yaml", "name: none", "name: badnets", "made with other parameters than bare has now"),
+    ):
+        text = (tmp_path / path).read_text()
+        assert old in text
+        (tmp_path / path).write_text(text.replace(old, new))
+        stale = run(tmp_path, *words, "--dumps", "bare" if path == "dumps.yaml" else "tiny")
+        assert stale.returncode == 1 and expected in stale.stderr and len(stale.stderr.splitlines()) == 1, stale.stderr
+        (tmp_path / path).write_text(text)
+    record.write_text(record.read_text()[:100])
+    assert "is damaged" in run(tmp_path, *words, "--dumps", "tiny").stderr
+
 
 def test_mistakes_are_one_line(tmp_path):
     for words, expected in (

@@ -56,3 +56,28 @@ def test_development_and_report_are_never_in_one_table():
 def test_what_is_suspected_on_clean_data_is_shown(suspected):
     found = record("clean") | {"n_poisoned": 0, "scored": {"one / blind": {"n_suspected": suspected}}}
     assert f"| clean (1) | 100 | {suspected} |" in proving_tables.page([found])
+
+
+def test_a_figure_of_an_earlier_version_is_marked():
+    now = proving_tables.version_of(ROOT / "defenses/scan.py")
+    found = record("a", scan=0.5, elsewhere=1.0)
+    for version, expected in ((now, "| 0.500 |"), ("0" * 16, "| 0.500† |")):
+        found["scored"]["scan / told"]["version"] = version
+        text = proving_tables.table([found], ["scan / told", "elsewhere / told"], "recall")
+        assert expected in text and (proving_tables.NOTE in text) == (version != now)
+
+
+def test_comments_and_docstrings_make_no_version(tmp_path):
+    text = '"""A."""\n\nLIMIT = "a"  # of\n\n\ndef f(x):\n    """B."""\n    return x + len("C" "D")\n'
+    versions = set()
+    for number, (old, new) in enumerate((
+        ("A.", "A,\nlonger"), ("  # of", ""), ("B.", "b"), ("x + len(", "x + len(\n        "),
+        ('"a"', '"b"'), ('"D"', '"E"'), ("x +", "x -"),
+    )):  # fmt: skip
+        path = tmp_path / f"{number}.py"
+        path.write_text(text.replace(old, new))
+        versions.add(proving_tables.version_of(path))
+    path = tmp_path / "same.py"
+    path.write_text(text)
+    assert len(versions) == 4 and proving_tables.version_of(path) in versions
+    assert proving_tables.version_of(path, '{"LIMIT": 1}') not in versions

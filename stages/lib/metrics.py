@@ -3,6 +3,7 @@
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from stages.lib.errors import UserError
 from stages.lib.inference import predict
 from stages.lib.poisoning import PoisonedData
 
@@ -19,10 +20,12 @@ def of_model(checkpoint, poisoned: PoisonedData, device) -> dict[str, float]:
     triggered test images that are taken for what the attacker wants, the mean over his triggers; which images count and
     what he wants stands with each attack in `stages.lib.attacks`. For one target: the share of the images of another
     true label that are taken for the target. `target_clean_acc`: share of the clean test images of the target classes
-    that are classified right. The last two are left out where nothing is poisoned.
+    that are classified right. The last two are left out where nothing is poisoned. Raises `UserError` without test images.
     """
     model, architecture = checkpoint.model(), checkpoint.architecture
     clean = poisoned.test()
+    if not len(clean.labels):
+        raise UserError("no test images to measure the model on: set data.test_fraction, or add a test split")
     right = predict(model, architecture, clean.images, device) == clean.labels
     found = {"clean_acc": float(right.mean())}
     rates = [
