@@ -17,6 +17,7 @@ class BackdoorDefense:
     """Rank samples by the victim's confidence on their training label."""
 
     RELIES_ON = ()
+    CHUNKED = True  # the logits are read whole, the features not at all
 
     def fit(self, features, labels, poison_fraction, **kwargs):
         """Remember the labels, (N,) int in [0, C)."""
@@ -28,7 +29,7 @@ class BackdoorDefense:
 
         With one class only there is nothing to be sure of, and all scores are 0.
         """
-        logits = np.array(logits, dtype=np.float64)
+        logits = np.array(logits[:], dtype=np.float64)
         if len(logits) != len(self.labels_):
             raise ValueError(f"score_samples got {len(logits)} rows, fit got {len(self.labels_)}")
         if logits.shape[1] == 1:

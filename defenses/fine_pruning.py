@@ -1,6 +1,6 @@
-"""Feature magnitude: a score in the spirit of fine-pruning.
+"""Feature norm, not fine-pruning: the score of a sample is the Euclidean norm of its penultimate features.
 
-The score of a sample is the Euclidean norm of its penultimate features, whatever its label. The idea is borrowed from
+Labels, logits and the other rows do not count. Only the name and the idea are borrowed, from
 Liu, Dolan-Gavitt and Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks" (RAID 2018):
 a backdoor sits in units that clean inputs leave dormant, so a triggered input, which adds their activation to that of
 the others, is expected to have the larger features.

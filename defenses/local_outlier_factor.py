@@ -7,8 +7,10 @@ of a cluster, larger outside; the scores of all classes are on that one scale.
 It finds single rows that lie apart. Poison that lies together in more than about k rows is a cluster of its own, dense
 by its own measure, and is not found.
 
-Departures: none of its own; backdoors are not what the paper is about. k is the paper's usual 20, or all other rows of
-a smaller class.
+Departures: backdoors are not what the paper is about. Equal rows of a class count as one, and get the same score: more
+than k of them have no finite density, and next to it that of all other rows would seem thin. The paper leaves duplicates
+out, and suggests to count neighbours at different places only. k is 20 (the paper asks for at least 10), or all other
+rows of a smaller class.
 """
 
 import warnings
@@ -34,27 +36,32 @@ class BackdoorDefense:
         return self
 
     def score_samples(self, features, logits):
-        """Local outlier factors, (N,) float64 > 0; higher = more suspicious. A class with one row gets 1."""
+        """Local outlier factors, (N,) float64 > 0; higher = more suspicious. A class whose rows are all equal gets 1."""
         if len(features) != len(self.labels_):
             raise ValueError(f"score_samples got {len(features)} rows, fit got {len(self.labels_)}")
         scores = np.ones(len(features))
         for label in np.unique(self.labels_):
             rows = np.flatnonzero(self.labels_ == label)
-            if len(rows) > 1:
-                values = np.ascontiguousarray(features[rows])
-                order = _order_of_values(values)  # which of several rows at one distance are neighbours depends on it
-                scores[rows[order]] = self._score_class(values[order])
+            values, places = _distinct(features[rows])
+            if len(values) > 1:
+                scores[rows] = self._score_class(values)[places]
         return scores
 
     def _score_class(self, values):
         detector = LocalOutlierFactor(n_neighbors=min(self.n_neighbors, len(values) - 1))
         with warnings.catch_warnings():
-            # More than k equal rows have no finite density; scikit-learn bounds it, warns, and the scores stay finite.
+            # Rows that differ in last digits only may be at distance 0; scikit-learn bounds their density and warns.
             warnings.filterwarnings("ignore", message="Duplicate values", category=UserWarning)
             detector.fit(values)
         return -detector.negative_outlier_factor_  # scikit-learn: higher = more normal
 
 
-def _order_of_values(values):
-    """An order of the rows that depends on their bytes alone; which one does not matter."""
-    return np.argsort(values.view(np.dtype((np.void, values.itemsize * values.shape[1])))[:, 0], kind="stable")
+def _distinct(values):
+    """The different rows, in an order that depends on their bytes alone, and the place of each row among them.
+
+    Which of several rows at one distance are neighbours depends on the order.
+    """
+    values = np.ascontiguousarray(values + 0)  # -0 becomes 0: equal rows have equal bytes
+    keys = values.view(np.dtype((np.void, values.itemsize * values.shape[1])))[:, 0]
+    _, first, places = np.unique(keys, return_index=True, return_inverse=True)
+    return values[first], places

@@ -7,14 +7,15 @@ covariance determinant estimate: of all halves of the class, the one whose covar
 scikit-learn's MinCovDet, with its reweighting), so that a minority of poison does not stretch the yardstick it is
 measured with. In d directions the score is (x - m)' S^-1 (x - m) / d, the mean square in standard deviations.
 
-The search starts from d + 1 rows drawn at random and needs a start that is clean. Of planted poison (10 standard
-deviations off, 16 directions) it found 10 % of a class of 200 rows and 20 % of a class of 1,000, in three seeds each,
-and lost 20 % of 200 in two seeds of three and 30 % of either in all.
+Of planted poison (10 standard deviations off, 16 directions) it found 10 % of a class of 200 rows and 20 % of a class of
+1,000, in three seeds each, and lost 20 % of 200 in two seeds of three and 30 % of either in all.
 
-Departures: Lee et al. use one covariance for all classes, take the nearest class, and add noise to the input; here each
-class has its own covariance and the label names the class. Only the leading principal directions of the class are
-used, up to n_directions, and one for every five rows at most: the determinant of a half with fewer rows than
-dimensions is 0.
+Departures: one weakens it. Rousseeuw and Van Driessen start the search from d + 1 rows drawn at random, so that some of
+many starts hold no poison; scikit-learn's starts are halves, each with about its share of the poison, from which the
+search may not get away (more than 500 rows are first searched in parts of about 300). Lee et al. use one covariance for
+all classes, take the nearest class, and add noise to the input; here each class has its own covariance and the label
+names the class. Only the leading principal directions of the class are used, up to n_directions, and one for every five
+rows at most: the determinant of a half with fewer rows than dimensions is 0.
 """
 
 import warnings

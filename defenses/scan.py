@@ -1,7 +1,7 @@
 """SCAn: is a class one group or two? The smaller group of the class that looks most like two comes first.
 
 Tang, Wang, Tang and Zhang, "Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination
-Detection" (USENIX Security 2021, arXiv:1908.00686), in the variant that has no clean set:
+Detection" (USENIX Security 2021, arXiv:1908.00686), adapted to have no clean set:
 
 1. Decomposition. A row of class t is r = mu_t + e with mu_t ~ N(0, S_mu) and e ~ N(0, S_e), one S_e for all classes
    (r less the mean of all rows). EM: the expected mu_t is n_t S_mu (n_t S_mu + S_e)^-1 times the class's mean row;
@@ -10,9 +10,10 @@ Detection" (USENIX Security 2021, arXiv:1908.00686), in the variant that has no 
    whose mean is nearer in the metric of S_e (Fisher's discriminant S_e^-1 (mu_1 - mu_2)), and the means follow.
 3. Test. J_t is twice the log-likelihood that two groups gain over one:
    J_t = sum over r of (r - mu_t)' S_e^-1 (r - mu_t) - (r - mu_g(r))' S_e^-1 (r - mu_g(r)).
-   The anomaly index is (J_t - median J) / (1.4826 MAD J) over the classes; classes above e^2 = 7.39 are suspected,
-   and in them the smaller group. If poison is more than half of its class, the groups change places and the clean
-   rows come first.
+   The anomaly index is (J_t - median J) / (1.4826 MAD J) over the classes; classes above e^2 = 7.39 are suspected.
+
+Which of the two groups is the poison is told by size: the smaller one. That is this adaptation's rule. If poison is more
+than half of its class, the groups change places and the clean rows come first.
 
 The score puts classes with larger J first and orders the rows of a class by the log-likelihood ratio l of the smaller
 group to the larger: it is the number of classes with a smaller J plus (1 + l / (1 + |l|)) / 2.

@@ -4,8 +4,9 @@ Tran, Li and Madry, "Spectral Signatures in Backdoor Attacks" (NeurIPS 2018), Al
 class's features with the class mean taken off each row, and v its top right singular vector; the score of row i is
 (M_i . v)^2.
 
-Departure: the paper removes the 1.5 eps n highest scores of each class. Here the scores of all classes are returned
-as they are, on one scale, and the filter removes the highest of all.
+Departure: the paper ranks within a class, and removes the 1.5 eps n highest scores of each. Here the scores of all classes
+are returned as they are and the filter removes the highest of all. Squared projections are in the features' own unit, so
+a class that spreads wider than others comes first, whatever it holds.
 """
 
 import numpy as np

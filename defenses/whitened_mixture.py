@@ -44,8 +44,9 @@ _BLOCK = 8192  # rows in float64 at a time
 # can be in two parts that lie far apart, but a trigger's shift is the widest and the likeliest gap of its own class.
 _WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1.5}
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
-_SHARE_ERROR = 0.2  # of the class: how far the size of a half may be off before EM with the right weight puts it right
-_UNSHARED = 2.0  # cost of a half that holds fewer rows than are poisoned: then there are other targets
+_SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
+_FEWER = 0.4  # of the class: a half that holds so many rows fewer than are poisoned may be one of several targets
+_UNSHARED = 2.0  # what that costs at most
 _MISSING = 0.15  # of the known number of rows: with so few left to explain, no further class is suspected
 _CLOSE = 3.0  # hypotheses about a class whose evidence differs by less are both possible
 _NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the average
@@ -257,8 +258,11 @@ class BackdoorDefense:
             evidence += 4 * np.log((5 + without**2) / (5 + left**2))  # t with few degrees of freedom: sizes have tails
             evidence -= (size - np.clip(surplus, 0, n)) ** 2 / (2 * ((_SHARE_ERROR * n) ** 2 + scale**2))
         if self.n_poisoned_ is not None:
-            mismatch = (size - self.n_poisoned_) ** 2 / (2 * (_SHARE_ERROR * n) ** 2)
-            evidence -= min(mismatch, _UNSHARED) if size < self.n_poisoned_ else min(mismatch, 4 * _UNSHARED)
+            more = (size - self.n_poisoned_) / n
+            if more > 0:  # no half can hold more poison than there is
+                evidence -= min((more / _SHARE_ERROR) ** 2 / 2, 4 * _UNSHARED)
+            else:
+                evidence -= min((more / _FEWER) ** 2, 1) * _UNSHARED
         return evidence
 
 

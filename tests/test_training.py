@@ -97,6 +97,31 @@ def test_same_weights_as_the_plain_loop(network, size, epochs, request):
             assert (tensor - start[name]).abs().max() > 1e-4, f"{name} has not moved by more than the tolerance"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_graph_of_a_step_does_what_the_step_does(precision):
+    """Two graphed steps an epoch and a short one, of a resumed training too."""
+    gpu = Device(torch.device("cuda"), precision, False, "tests")
+    images, labels = images_and_labels(n=40)
+    recipe = Recipe(**{**vars(RECIPE), "lr": 0.01})
+    graphed, eager, resumed = (Trainer(images, labels, ARCHITECTURE, recipe, gpu, seed=3) for _ in range(3))
+    assert graphed.full_step != graphed._step
+    eager.full_step = eager._step
+    for epoch in range(3):
+        if epoch == 1:
+            resumed.load_state_dict(graphed.state_dict())
+        for trainer in (graphed, eager, resumed)[: 3 if epoch else 2]:
+            trainer.run_epoch()
+    for other in (eager, resumed):
+        for name, tensor in graphed.model.state_dict().items():
+            torch.testing.assert_close(
+                other.model.state_dict()[name], tensor, rtol=1e-2, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
+            )
+    start = ARCHITECTURE.build(stream(3, "training", 0, "weights")).state_dict()["stem.0.weight"]
+    moved = (graphed.model.state_dict()["stem.0.weight"].cpu() - start).abs().max()
+    assert moved > 5e-3, "by no more than the tolerance"
+
+
 def test_learning_rate_is_the_closed_form():
     recipe = Recipe(**{**vars(RECIPE), "epochs": 100, "lr": 0.1})
     parameter = torch.nn.Parameter(torch.zeros(1))

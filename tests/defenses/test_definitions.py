@@ -1,10 +1,13 @@
 """Each baseline against its definition, on matrices small enough to be worked out by hand."""
 
+import sys
+
 import numpy as np
 import pytest
 from dumps import planted
 from sklearn.cluster import KMeans
 from sklearn.decomposition import FastICA
+from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 
 import defenses
@@ -70,12 +73,19 @@ def test_activation_clustering():
     # Smaller cluster, m = 2: 1 - 2/6 + t/12 = 2/3 + 2/27 = 20/27 and 2/3 + 5/66 = 49/66.
     # Larger cluster, m = 4: 1 - 4/6 + t/12 = 1/3 - 5/66 = 17/66, 1/3 - 1/12 = 1/4, 1/3 - 2/27 = 7/27.
     # Class 1 falls into two and two: 1/2. Class 2 has fewer than n_components + 2 = 3 rows, class 3 equal ones: 0.
+    # Silhouettes, 1 - (mean distance in the cluster) / (mean distance to the other), of class 0: 29/33 for 0, 14/15 for
+    # both 1s, 23/27 for 2, 7/9 for 10, 9/11 for 12, mean 0.866. Of class 1: 19/21 twice and 17/19 twice, mean 0.900. Two
+    # classes are below class 0, three below class 1; the smaller cluster gets the number of classes, 4, on top.
     values = [0, 10, 1, 2, 12, 1, 0, 1, 10, 11, 5, 9, 4, 4, 4]
     labels = [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3]
     features = np.outer(values, [0.6, 0.8]) + [100, 0]
-    scores = score("activation_clustering", features, labels, n_components=1)
-    expected = [17 / 66, 20 / 27, 1 / 4, 7 / 27, 49 / 66, 1 / 4, 0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0]
-    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    defense = defenses.load("activation_clustering", n_components=1)
+    scores = defenses.score(defense, features, np.zeros((15, 4)), labels, None, seed=0)
+    term = [17 / 66, 20 / 27, 1 / 4, 7 / 27, 49 / 66, 1 / 4, 0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0]
+    tiers = [2, 2 + 4, 2, 2, 2 + 4, 2, 3, 3, 3, 3, 0, 0, 0, 0, 0]
+    np.testing.assert_allclose(scores, np.add(tiers, term), rtol=1e-5)
+    assert defense.suspected_classes_ == [0, 1]  # silhouettes above 0.10
+    assert defense.n_suspected_ == 2  # class 1 has no smaller cluster
 
 
 @pytest.mark.filterwarnings("ignore:FastICA did not converge")
@@ -84,17 +94,17 @@ def test_activation_clustering_is_the_paper_s_recipe(d):
     """FastICA and 2-means as scikit-learn has them, on a class that falls apart: the same clusters, the same scores."""
     dump = planted(share=0.3, n=1000, d=d)
     rows = dump.labels == 0
-    scores = score("activation_clustering", dump.features, dump.labels, dump.logits)[rows]
+    scores = score("activation_clustering", dump.features[rows], dump.labels[rows])
 
     features = dump.features[rows].astype(np.float64)
     reduced = FastICA(10, whiten="unit-variance", random_state=1, max_iter=1000).fit_transform(features)
     clusters = KMeans(2, n_init=100, random_state=1).fit(reduced)
     small = clusters.labels_ == np.bincount(clusters.labels_).argmin()
     np.testing.assert_array_equal(small, dump.poisoned[rows])
-    np.testing.assert_array_equal(scores > 0.5, small)
+    np.testing.assert_array_equal(scores > 1, small)
     to_small, to_large = (np.linalg.norm(reduced - reduced[part].mean(axis=0), axis=1) for part in (small, ~small))
     t = (to_large - to_small) / np.maximum(to_large, to_small)
-    np.testing.assert_allclose(scores, 1 - (np.where(small, 60, 140) - t / 2) / 200, rtol=1e-4)
+    np.testing.assert_allclose(scores, small + 1 - (np.where(small, 60, 140) - t / 2) / 200, rtol=1e-4)
 
 
 @pytest.mark.parametrize("d", [20, 300], ids=["tall", "wide"])
@@ -122,8 +132,40 @@ def test_activation_clustering_puts_every_smaller_cluster_first():
     scores = score("activation_clustering", dump.features, dump.labels, dump.logits)
     for label in range(5):
         of_class = scores[dump.labels == label]
-        assert 0 < (of_class > 0.5).sum() < (of_class < 0.5).sum()
-    assert (scores != 0.5).all()
+        assert 0 < (of_class > 5).sum() < (of_class < 5).sum()
+
+
+def test_activation_clustering_puts_a_clear_split_before_an_unbalanced_one():
+    """40 % of class 0 lies apart; of each other class, one skewed group, 2-means cuts less than 40 % off."""
+    rng = np.random.default_rng(0)
+    features, labels = rng.beta(1, 3, size=(1000, 2)), np.arange(1000) % 5
+    poisoned = (labels == 0) & (np.arange(1000) < 400)
+    features[labels == 0] = rng.normal(size=(200, 2)) + 10 * poisoned[labels == 0, None]
+    scores = score("activation_clustering", features, labels, n_components=2)
+    np.testing.assert_array_equal(np.sort(np.argsort(-scores)[:80]), np.flatnonzero(poisoned))
+
+
+def test_activation_clustering_suspects_by_the_paper_s_threshold():
+    dump = planted(share=0.15, n=1000, target=3)
+    defense = defenses.load("activation_clustering")
+    scores = defenses.score(defense, dump.features, dump.logits, dump.labels, None, seed=0)
+    assert defense.suspected_classes_ == [3]
+    assert defense.n_suspected_ == 30
+    assert scores[dump.poisoned].min() > scores[~dump.poisoned].max()
+    dump = planted(share=0.0, n=1000)
+    defenses.score(defense, dump.features, dump.logits, dump.labels, None, seed=0)
+    assert defense.suspected_classes_ == []
+    assert defense.n_suspected_ == 0
+
+
+@pytest.mark.parametrize("n_small", [3, 1500])
+def test_activation_clustering_samples_a_large_class_for_its_silhouette(n_small):
+    rng = np.random.default_rng(0)
+    clusters = (np.arange(5000) < n_small).astype(int)
+    rows = rng.normal(size=(5000, 3)) + 3 * clusters[:, None]
+    module = sys.modules[type(defenses.load("activation_clustering")).__module__]
+    assert module._silhouette(rows, clusters, 0) == pytest.approx(silhouette_score(rows, clusters), abs=0.02)
+    assert module._silhouette(rows, clusters, 0) == module._silhouette(rows, clusters, 0)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "10", True])

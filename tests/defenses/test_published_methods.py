@@ -121,6 +121,28 @@ def test_spectre_says_how_many_and_leaves_half_of_a_class():
     assert defense.n_suspected_ == 100  # of the 200 rows of the class
 
 
+def test_spectre_evidence_does_not_grow_as_classes_shrink():
+    evidence = [module("spectre")._score_class(RNG(n).normal(size=(n, 64)), 72, 0)[0] for n in (140, 214, 500, 1000)]
+    assert max(evidence) < 3 * min(evidence)  # undivided, they fall from above 5 to 1.4
+    np.testing.assert_allclose(evidence[2:], 1, atol=0.25)
+
+
+def test_spectre_puts_a_large_poisoned_class_before_small_clean_ones():
+    labels = np.r_[np.zeros(400, int), np.repeat(np.arange(1, 5), 140)]
+    features, poisoned = RNG(0).normal(size=(960, 64)), np.arange(960) < 72
+    features[poisoned, 0] += 6
+    defense = defenses.load("spectre")
+    scores = defenses.score(defense, features, np.zeros((960, 5)), labels, 72 / 960, seed=0)
+    assert list(defense.suspected_classes_) == [0]
+    assert poisoned[np.argsort(-scores)[:72]].mean() > 0.9
+
+
+def test_spectre_draws_from_its_seed_alone():
+    dump = planted(share=0.1)
+    evidence = [module("spectre")._score_class(dump.features[:300].astype(float), 20, seed)[0] for seed in (1, 1, 2)]
+    assert evidence[0] == evidence[1] != evidence[2]
+
+
 def test_scan_decomposes_as_the_paper_does():
     # Means of classes and S_e by matrix inverses, from the rows; _decompose starts from class means where S_e is I.
     rng = RNG(0)
@@ -209,6 +231,38 @@ def test_beatrix_judges_a_class_by_its_discrepancy():
     assert module("beatrix")._discrepancy(values, deviations, deviations > 10) == 0  # one suspect is no group
 
 
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_beatrix_discrepancy_of_noise_does_not_grow_with_the_class(share):
+    found = []
+    for n_rows in (600, 6000):
+        values, deviations = RNG(n_rows).normal(size=(n_rows, 24)), RNG(n_rows + 1).uniform(size=n_rows)
+        found.append(module("beatrix")._discrepancy(values, deviations, deviations > 1 - share))
+    np.testing.assert_allclose(found, 1.5, atol=0.4)
+
+
+def test_beatrix_suspects_no_class_where_most_have_no_suspects():
+    """One class of noise is flagged in part, the others not at all: the MAD of R is 0, and no measure of what is far."""
+    labels = np.arange(1000) % 5
+    features = 5 + RNG(0).uniform(-0.1, 0.1, size=(1000, 8))  # 10 MADs are far beyond what any product reaches
+    features[labels == 2] = 5 + RNG(1).standard_t(3, size=(200, 8))
+    defense = defenses.load("beatrix")
+    scores = defenses.score(defense, features, np.zeros((1000, 5)), labels, None)
+    assert scores[labels == 2].min() >= scores[labels != 2].max()  # R > 0 in this class only
+    assert defense.suspected_classes_ == []
+    assert defense.n_suspected_ == 0
+
+
+def test_beatrix_chooses_features_within_the_class():
+    """The trigger's feature varies less than 299 others over all rows, since classes lie apart in these."""
+    labels, poisoned = np.arange(1000) % 5, np.zeros(1000, dtype=bool)
+    features = RNG(0).normal(size=(1000, 300)) + RNG(1).choice([-5, 5], size=(5, 300))[labels]
+    features[:, 0] = RNG(2).normal(size=1000)
+    poisoned[np.flatnonzero(labels == 3)[:20]] = True
+    features[poisoned, 0] += 20
+    scores = score("beatrix", features, labels)
+    assert roc_auc_score(poisoned[labels == 3], scores[labels == 3]) > 0.99
+
+
 def test_nearest_neighbours():
     # Directions: east, north, south-west, west, and a row of zeros in the middle. Lengths do not count.
     features = np.array([[2.0, 0], [0, 3], [-1, -1], [-5, 0], [0, 0]])
@@ -227,6 +281,17 @@ def test_local_outlier_factor():
     density = [1 / np.mean([max(reach[j], distances[i, j]) for j in neighbours[i]]) for i in range(30)]
     expected = [np.mean([density[j] for j in neighbours[i]]) / density[i] for i in range(30)]
     np.testing.assert_allclose(score("local_outlier_factor", rows, [0] * 30, n_neighbors=k), expected, rtol=1e-4)
+
+
+def test_local_outlier_factor_counts_equal_rows_once():
+    rows = RNG(0).normal(size=(31, 3))
+    rows[30] = [0.0, -0.0, 0.0]
+    repeated = np.concatenate([rows, np.repeat([[0.0, 0.0, -0.0]], 29, axis=0)])
+    scores = score("local_outlier_factor", repeated, [0] * 60)
+    np.testing.assert_allclose(scores[:31], score("local_outlier_factor", rows, [0] * 31), rtol=1e-6)
+    np.testing.assert_array_equal(scores[30:], scores[30])
+    assert scores.max() < 5
+    np.testing.assert_array_equal(score("local_outlier_factor", np.ones((30, 3)), [0] * 30), 1)
 
 
 def test_robust_mahalanobis_measures_by_the_clean_rows():
@@ -269,11 +334,43 @@ def test_self_confidence_is_not_the_confidence_filter():
     assert within_target(dump, scores_of("self_confidence", dump)) < 0.05
 
 
-def test_self_confidence_keeps_its_order_where_confidence_rounds_to_one():
-    logits = np.array([[40.0, 0], [50, 0], [60, 0]])
-    scores = score("self_confidence", np.ones((3, 1)), [0, 0, 0], logits)
-    assert scores[0] > scores[1]
-    assert scores[1] >= scores[2]
+def test_self_confidence_keeps_its_order_where_p_rounds_to_0_or_1():
+    # From the surest to the least sure of label 0; in float64, exp(-40) is nothing beside 1.
+    gaps = [3e4, 90, 60, 50, 40, 1, -1, -40, -60, np.nextafter(np.float32(-90), np.float32(0)), -90, -3e4]
+    logits = np.array([[gap, 0] for gap in gaps])
+    scores = score("self_confidence", np.ones((12, 1)), [0] * 12, logits)
+    assert (np.diff(scores) > 0).all()
+    doubt = [0, 0, 0, 0, 0, 1 / (1 + np.e), 1 / (1 + 1 / np.e), 1, 1, 1, 1, 1]
+    np.testing.assert_allclose(scores, np.array(doubt) - np.mean(doubt), atol=1e-6)
+
+
+def test_self_confidence_with_one_class():
+    np.testing.assert_array_equal(score("self_confidence", np.ones((2, 1)), [0, 0], np.array([[3.0], [4.0]])), [0, 0])
+
+
+class Unreadable:
+    """Features that may be looked at in slices once, for the check, and never as a whole."""
+
+    read_direct = None  # tells a data set
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype, self.n_read = values, values.shape, values.dtype, 0
+
+    def __getitem__(self, rows):
+        self.n_read += len(self.values[rows])
+        return self.values[rows]
+
+    def __array__(self, *arguments, **keywords):
+        raise AssertionError("the features are copied")
+
+
+@pytest.mark.parametrize("name", ["confidence_filter", "self_confidence"])
+def test_confidence_is_found_without_the_features(name):
+    dump = planted()
+    features = Unreadable(dump.features)
+    scores = defenses.score(defenses.load(name), features, dump.logits, dump.labels, dump.poison_fraction)
+    assert features.n_read == 1000  # by the check for NaN
+    np.testing.assert_array_equal(scores, scores_of(name, dump))
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "10", True])

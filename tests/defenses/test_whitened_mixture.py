@@ -138,6 +138,20 @@ def test_hidden_class_sizes_are_not_used():
     assert defenses.relies_on(defenses.load(NAME, use_class_sizes=False)) == ()
 
 
+@pytest.mark.parametrize("use_class_sizes, n_poisoned", [(True, None), (False, 300)])
+def test_sizes_alone_name_the_half(use_class_sizes, n_poisoned):
+    """300 poisoned rows beside 600 clean ones, nine other classes of 600, and nothing else that tells the halves apart."""
+    defense = defenses.load(NAME, use_class_sizes=use_class_sizes)
+    defense.sizes_, defense.n_poisoned_ = np.array([900] + [600] * 9), n_poisoned
+    assert defense._size_evidence(300, 600) > defense._size_evidence(600, 300) + 3
+
+
+def test_a_half_with_fewer_rows_than_are_poisoned_may_be_one_of_two_targets():
+    defense = defenses.load(NAME, use_class_sizes=False)
+    defense.n_poisoned_ = 72
+    assert -0.6 < defense._size_evidence(36, 139) < 0 == defense._size_evidence(72, 139)
+
+
 @pytest.mark.parametrize(
     "options", [{"use_class_sizes": 1}, {"threshold": "high"}, {"threshold": np.inf}, {"thresh": 1}]
 )
