@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -74,7 +75,10 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
         and metrics.of_filter(scores, kept, index.poisoned).items() <= found_metrics.items()
     )
     wanted = params.setting(Path("params.yaml"), setting)
-    if not of_one_piece or difference(wanted, seed, poisoned.data, shared / "poison.h5", models.values()):
+    if not of_one_piece:
+        return None
+    if other := difference(wanted, seed, poisoned.data, shared / "poison.h5", models.values()):
+        print(f"{cell}: {other}", file=sys.stderr)
         return None
 
     values = params.read(Path("params.yaml"))

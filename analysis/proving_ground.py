@@ -16,7 +16,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,11 +141,27 @@ def parameters(dump: Dump) -> Path:
         except (KeyError, TypeError) as error:
             raise UserError(f"dump {dump.name}: setting {dump.setting} has no block {'.'.join(parents)}") from error
     path = dump.folder.parent / "params.yaml"
-    if path.exists() and params.read(path)["settings"] != {dump.setting: block}:
-        raise UserError(f"{path.parent} was made with other parameters than {dump.name} has now; delete that folder")
+    text = yaml.safe_dump({**values, "settings": {dump.setting: block}})
+    if path.exists() and path.read_text() != text:
+        with tempfile.TemporaryDirectory() as folder:
+            wanted = Path(folder) / "params.yaml"
+            wanted.write_text(text)
+            if params.setting(path, dump.setting) != params.setting(wanted, dump.setting):
+                raise UserError(
+                    f"{path.parent} was made with other parameters than {dump.name} has now; delete that folder"
+                )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({**values, "settings": {dump.setting: block}}))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
     return path
+
+
+def check(dump: Dump, models: Iterable[checkpoints.Checkpoint] = ()) -> None:
+    """`UserError` if what is there was not made as the list and params.yaml say."""
+    setting = params.setting(parameters(dump), dump.setting)
+    if other := difference(setting, dump.seed, dump.data, dump.folder / "poison.h5", models):
+        raise UserError(f"{dump.folder} is not what {dump.name} is now: {other}; delete that folder")
 
 
 def make(dump: Dump, deadline: float) -> None:
@@ -164,6 +182,8 @@ def make(dump: Dump, deadline: float) -> None:
     )
     for out, (stage, *arguments) in steps:
         if not out.exists():
+            if stage == "train":
+                check(dump)
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
@@ -253,9 +273,7 @@ def read(dump: Dump):
     not made as the list says."""
     data, index, victim = dump.data, dump.folder / "poison.h5", dump.folder / "victim.pt"
     checkpoint = checkpoints.load_for(victim, data, index, (storage.digest(data), storage.digest(index)))
-    setting = params.setting(parameters(dump), dump.setting)
-    if other := difference(setting, dump.seed, data, index, [checkpoint]):
-        raise UserError(f"{dump.folder} is not what {dump.name} is now: {other}; delete that folder")
+    check(dump, [checkpoint])
     with storage.open_(dump.folder / "features.h5", "features") as file:
         for what, path in (("index", index), ("checkpoint", victim)):
             storage.must_match(what, dump.folder / "features.h5", file.attrs.get(what, ""), path)
@@ -303,7 +321,7 @@ def record(dump: Dump, jobs: list[tuple[str, str, str | None]], out: Path) -> tu
             print(f"{dump.name} seed {dump.seed}: {key}: failed, not recorded: {error}", file=sys.stderr, flush=True)
             failed += 1
             continue
-        found["scored"][key] = {"version": version, **result}
+        found["scored"][key] = {"version": version, "file": version_of(file_of(name)), **result}
         print(f"{dump.name} seed {dump.seed}: {key}: " + _line(result), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -364,8 +382,14 @@ def main() -> int:
         if args.ablation:
             jobs += [("whitened_mixture", mode, ablation) for ablation in ABLATIONS for mode in args.modes]
         there = [dump for dump in dumps if (dump.folder / "features.h5").exists()]
-        outcomes = [record(dump, jobs, args.out) for dump in there]
-        records = [found for found, _ in outcomes]
+        records, failed = [], 0
+        for dump in there:
+            try:
+                found, failures = record(dump, jobs, args.out)
+                records, failed = [*records, found], failed + failures
+            except UserError as error:
+                print(f"{dump.name} seed {dump.seed}: left out: {error}", file=sys.stderr, flush=True)
+                failed += 1
         keys = [key_of(*job) for job in jobs]
         for use in ("development", "report"):
             chosen = [found for found in records if found["use"] == use and found["n_poisoned"]]
@@ -377,7 +401,7 @@ def main() -> int:
         missing = [f"{dump.name} seed {dump.seed}" for dump in dumps if dump not in there]
         if missing:
             print(f"\nnot there (--make trains their victims): {', '.join(missing)}")
-        if any(failed for _, failed in outcomes):
+        if failed:
             return 1
     except TimeoutError:
         print("python -m analysis.proving_ground: the time is up; the same command goes on", file=sys.stderr)

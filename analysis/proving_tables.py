@@ -70,8 +70,9 @@ def version_of(file: Path, changes: str = "{}") -> str:
 
 def mark(found: dict, key: str) -> str:
     """The sign for a figure that another version of the defense's file has made than the one that is there."""
-    file, version = DEFENSES / f"{key.split(' / ')[0]}.py", value(found, key, "version")
-    return STALE if version and key.count(" / ") == 1 and file.exists() and version != version_of(file) else ""
+    file, entry = DEFENSES / f"{key.split(' / ')[0]}.py", found["scored"].get(key, {})
+    version = entry.get("file", entry.get("version"))
+    return STALE if version and file.exists() and version != version_of(file) else ""
 
 
 def noted(text: str) -> str:
@@ -162,7 +163,7 @@ def ablation(records: list[dict]) -> str:
             values = [value(found, key, "recall") for found in records]
             cells.append("" if None in values or not values else f"{np.mean(values):.3f}, {min(values):.3f}")
         lines.append(f"| {name or '*all ingredients*'} | " + " | ".join(cells) + " |")
-    earlier = sum(bool(mark(found, f"{OWN} / told")) for found in records)
+    earlier = sum(any(mark(found, key) for key in found["scored"] if key.startswith(f"{OWN} / ")) for found in records)
     text = "\n".join(lines)
     return f"{text}\n\nOn {earlier} of {len(records)} dumps by an earlier version of the file." if earlier else text
 

@@ -64,7 +64,7 @@ class BackdoorDefense:
         large; where they are not, the spread of the sizes takes the weight from it. False: sizes are not looked at.
     threshold : float, optional
         Evidence above which a class is suspected where the poison fraction is not known. By default 10, or 16 where
-        class sizes are not used; on the development dumps clean classes reached 8.4 and 15.6.
+        class sizes are not used; on the development dumps clean classes reached 8.8 and 15.6.
 
     Attributes
     ----------

@@ -121,6 +121,7 @@ def test_from_the_list_to_the_tables(tmp_path):
         (tmp_path / path).write_text(text.replace(old, new))
         stale = run(tmp_path, *words, "--dumps", "bare" if path == "dumps.yaml" else "tiny")
         assert stale.returncode == 1 and expected in stale.stderr and len(stale.stderr.splitlines()) == 1, stale.stderr
+        assert "left out" in stale.stderr, "and the others would go on"
         (tmp_path / path).write_text(text)
     record.write_text(record.read_text()[:100])
     assert "is damaged" in run(tmp_path, *words, "--dumps", "tiny").stderr

@@ -46,6 +46,16 @@ def test_ablations_are_told_with_mean_and_lowest():
     assert "| *all ingredients* | 0.750, 0.500 |" in text and "| no oddness | 0.750, 0.500 |" in text
 
 
+def test_ablations_by_an_earlier_version_are_told():
+    found = record("a", whitened_mixture=1.0)
+    found["scored"]["whitened_mixture / told / no oddness"] = {"recall": 0.5, "version": "1" * 16, "file": "0" * 16}
+    assert "On 1 of 1 dumps by an earlier version" in proving_tables.ablation([found])
+    found["scored"]["whitened_mixture / told / no oddness"]["file"] = proving_tables.version_of(
+        ROOT / "defenses/whitened_mixture.py"
+    )
+    assert "earlier" not in proving_tables.ablation([found])
+
+
 def test_development_and_report_are_never_in_one_table():
     text = proving_tables.page([record("a", use="development", one=1.0), record("b", one=0.5)])
     reported, development = text.split("## Development")
