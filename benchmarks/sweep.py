@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -54,7 +53,7 @@ def first_stage(clone: Path, words: list[str], folder: Path) -> float:
                 sys.exit("benchmarks.sweep: the sweep ended before a stage began")
             time.sleep(0.05)
         seconds = time.perf_counter() - started
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # Ctrl-C is ignored by what a shell has put into the background
         process.communicate()
         return seconds
     finally:
@@ -75,6 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         clone, results = Path(name) / "clone", (args.out or Path(name) / "results").resolve()
         subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
         words = ["--settings", args.setting, "--out", str(results), "--cpus-per-training", args.cpus_per_training]
         started = time.perf_counter()
         process = sweep(clone, [*words, "--defenses", *args.defenses, "--seeds", *args.seeds])
@@ -92,8 +92,7 @@ def main() -> None:
         (folder := Path(name) / "tmp").mkdir()
         one = [*words, "--defenses", args.defenses[0], "--seeds", args.seeds[0]]
         print(json.dumps({
-            "setting": args.setting, "cells": cells, "commit": subprocess.check_output(
-                ["git", "rev-parse", "--short", "HEAD"], text=True).strip(), "cores": os.cpu_count(),
+            "setting": args.setting, "cells": cells, "commit": commit, "cores": os.cpu_count(),
             "wall_seconds": round(wall, 1), "task_seconds": tasks, "stage_seconds": round(stages, 1),
             "training_seconds": round(trainings, 1),
             "added_seconds_a_cell": round((tasks - stages) / cells, 2),
