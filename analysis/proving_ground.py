@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -141,18 +140,16 @@ def parameters(dump: Dump) -> Path:
         except (KeyError, TypeError) as error:
             raise UserError(f"dump {dump.name}: setting {dump.setting} has no block {'.'.join(parents)}") from error
     path = dump.folder.parent / "params.yaml"
-    text = yaml.safe_dump({**values, "settings": {dump.setting: block}})
-    if path.exists() and path.read_text() != text:
-        with tempfile.TemporaryDirectory() as folder:
-            wanted = Path(folder) / "params.yaml"
-            wanted.write_text(text)
-            if params.setting(path, dump.setting) != params.setting(wanted, dump.setting):
-                raise UserError(
-                    f"{path.parent} was made with other parameters than {dump.name} has now; delete that folder"
-                )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(yaml.safe_dump({**values, "settings": {dump.setting: block}}))
+    try:
+        wanted = params.setting(temporary, dump.setting)
+        if path.exists() and params.setting(path, dump.setting) != wanted:
+            raise UserError(f"{path.parent} was made with other parameters than it has now; delete that folder")
+    except UserError as error:
+        temporary.unlink()
+        raise UserError(f"dump {dump.name}: {error}") from error
     os.replace(temporary, path)
     return path
 

@@ -114,7 +114,13 @@ def test_from_the_list_to_the_tables(tmp_path):
     for path, old, new, expected in (
         ("params.yaml", "poison_fraction: 0.1", "poison_fraction: 0.12", "another attack, trigger, fraction or seed"),
         ("params.yaml", "lr: 0.02", "lr: 0.03", "another recipe"),
-        ("dumps.yaml", "name: none", "name: badnets", "made with other parameters than bare has now"),
+        (
+            "dumps.yaml",
+            "poison_fraction: null",
+            "poison_fraction: null\n    train.lr: 0.05",
+            "made with other parameters than it has now",
+        ),
+        ("dumps.yaml", "name: none", "name: badnets", "dump bare: "),
     ):
         text = (tmp_path / path).read_text()
         assert old in text
