@@ -383,7 +383,8 @@ def main() -> int:
         for dump in there:
             try:
                 found, failures = record(dump, jobs, args.out)
-                records, failed = [*records, found], failed + failures
+                records.append(found)
+                failed += failures
             except UserError as error:
                 print(f"{dump.name} seed {dump.seed}: left out: {error}", file=sys.stderr, flush=True)
                 failed += 1
