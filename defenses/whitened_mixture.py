@@ -44,6 +44,7 @@ _BLOCK = 8192  # rows in float64 at a time
 # can be in two parts that lie far apart, but a trigger's shift is the widest and the likeliest gap of its own class.
 _WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1.5}
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
+_LARGEST_ODDNESS = 10.0  # nor all of them together: they go together, and an easy class is odd in several at once
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _FEWER = 0.4  # of the class: a half that holds so many rows fewer than are poisoned may be one of several targets
 _UNSHARED = 2.0  # what that costs at most
@@ -63,8 +64,8 @@ class BackdoorDefense:
         Whether a class that is larger than the others is more suspect. Right where clean classes are about equally
         large; where they are not, the spread of the sizes takes the weight from it. False: sizes are not looked at.
     threshold : float, optional
-        Evidence above which a class is suspected where the poison fraction is not known. By default 10, or 16 where
-        class sizes are not used; on the development dumps clean classes reached 8.8 and 15.6.
+        Evidence above which a class is suspected where the poison fraction is not known. By default 10, or 13 where
+        class sizes are not used; on the development dumps clean classes reached 6.1 and 11.5, one of them 19.5.
 
     Attributes
     ----------
@@ -81,7 +82,7 @@ class BackdoorDefense:
         if not isinstance(use_class_sizes, bool):
             raise ValueError(f"use_class_sizes is {use_class_sizes!r}; expected true or false")
         if threshold is None:
-            threshold = 10 if use_class_sizes else 16
+            threshold = 10 if use_class_sizes else 13
         if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not np.isfinite(threshold):
             raise ValueError(f"threshold is {threshold!r}; expected a finite number, or None for the default")
         self.use_class_sizes = use_class_sizes
@@ -236,9 +237,11 @@ class BackdoorDefense:
             apart = np.log((split["separation"] + 1e-12) / (most["separation", split["class"]] + 1e-12))
             few = split["sizes"] / (split["sizes"] + 10)  # statistics of few rows are noisy
             z = (split["statistics"] - centre) / scale * np.sqrt(few)[:, None]
-            odd = np.minimum(z**2, _LARGEST_Z2).sum(axis=1)
+            odd = _WEIGHTS["oddness"] * np.minimum(z**2, _LARGEST_Z2).sum(axis=1)
+            odd = _LARGEST_ODDNESS * np.tanh(odd / _LARGEST_ODDNESS)
             evidence[index] = (
-                _WEIGHTS["oddness"] * (odd - odd[::-1])
+                odd
+                - odd[::-1]
                 + _WEIGHTS["separation"] * apart
                 + _WEIGHTS["likelihood"] * (split["held_out"] - most["held_out", split["class"]])
                 + _WEIGHTS["held_out"] * split["held_out"]
