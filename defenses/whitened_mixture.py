@@ -44,12 +44,12 @@ _BLOCK = 8192  # rows in float64 at a time
 # can be in two parts that lie far apart, but a trigger's shift is the widest and the likeliest gap of its own class.
 _WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1.5}
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
-_LARGEST_ODDNESS = 10.0  # nor all of them together: they go together, and an easy class is odd in several at once
+_LARGEST_ODDNESS = 10.0  # nor all of them together: they are related, and an easy class is odd in several at once
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _FEWER = 0.4  # of the class: a half that holds so many rows fewer than are poisoned may be one of several targets
 _UNSHARED = 2.0  # what that costs at most
 _MISSING = 0.15  # of the known number of rows: with so few left to explain, no further class is suspected
-_CLOSE = 3.0  # hypotheses about a class whose evidence differs by less are both possible
+_CLOSE = 2.0  # hypotheses about a class whose evidence differs by less are both possible
 _NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the average
 # Smallest scale of each of the statistics of a half (see `_statistics`), for victims with few or very similar classes.
 _FLOORS = np.array([0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1])
@@ -63,9 +63,9 @@ class BackdoorDefense:
     use_class_sizes : bool
         Whether a class that is larger than the others is more suspect. Right where clean classes are about equally
         large; where they are not, the spread of the sizes takes the weight from it. False: sizes are not looked at.
-    threshold : float, optional
-        Evidence above which a class is suspected where the poison fraction is not known. By default 10, or 13 where
-        class sizes are not used; on the development dumps clean classes reached 6.1 and 11.5, one of them 19.5.
+    threshold : float
+        Evidence above which a class is suspected where the poison fraction is not known. On the development dumps clean
+        classes reached 6.5, and 9.1 without class sizes, where one of them had 12.4.
 
     Attributes
     ----------
@@ -78,13 +78,11 @@ class BackdoorDefense:
     CHUNKED = True
     MAY_USE = ("poison_fraction",)
 
-    def __init__(self, use_class_sizes=True, threshold=None):
+    def __init__(self, use_class_sizes=True, threshold=10.0):
         if not isinstance(use_class_sizes, bool):
             raise ValueError(f"use_class_sizes is {use_class_sizes!r}; expected true or false")
-        if threshold is None:
-            threshold = 10 if use_class_sizes else 13
         if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not np.isfinite(threshold):
-            raise ValueError(f"threshold is {threshold!r}; expected a finite number, or None for the default")
+            raise ValueError(f"threshold is {threshold!r}; expected a finite number")
         self.use_class_sizes = use_class_sizes
         self.threshold = float(threshold)
         self.RELIES_ON = ("class_sizes",) if use_class_sizes else ()
@@ -233,18 +231,17 @@ class BackdoorDefense:
             for name in ("held_out", "separation")
             for c in likeliest
         }
+        usual_gain = np.median([split["held_out"] for split in likeliest.values()])  # natural classes have parts too
         for index, split in enumerate(splits):
             apart = np.log((split["separation"] + 1e-12) / (most["separation", split["class"]] + 1e-12))
             few = split["sizes"] / (split["sizes"] + 10)  # statistics of few rows are noisy
             z = (split["statistics"] - centre) / scale * np.sqrt(few)[:, None]
             odd = _WEIGHTS["oddness"] * np.minimum(z**2, _LARGEST_Z2).sum(axis=1)
-            odd = _LARGEST_ODDNESS * np.tanh(odd / _LARGEST_ODDNESS)
             evidence[index] = (
-                odd
-                - odd[::-1]
+                _LARGEST_ODDNESS * np.tanh((odd - odd[::-1]) / _LARGEST_ODDNESS)
                 + _WEIGHTS["separation"] * apart
                 + _WEIGHTS["likelihood"] * (split["held_out"] - most["held_out", split["class"]])
-                + _WEIGHTS["held_out"] * split["held_out"]
+                + _WEIGHTS["held_out"] * (split["held_out"] - usual_gain)
                 + [self._size_evidence(*split["sizes"]), self._size_evidence(*split["sizes"][::-1])]
             )
         return evidence
