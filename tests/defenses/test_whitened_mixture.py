@@ -84,6 +84,11 @@ def test_two_targets(fraction, threshold):
     assert recall(dump, scores) >= 0.99
 
 
+def test_two_targets_come_first_though_below_the_threshold():
+    dump = two_targets()
+    assert recall(dump, score(dump, None, use_class_sizes=False)[0]) >= 0.99
+
+
 def test_a_class_that_explains_the_known_number_stands_alone():
     dump = two_targets()
     weaker = dump.poisoned & (dump.labels == 6)
