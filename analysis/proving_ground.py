@@ -60,6 +60,7 @@ ABLATIONS: dict[str, dict] = {
     "Gaussian components": {"_DEGREES": 1e6},
     "8 directions": {"_DIRECTIONS": 8},
     "one split a class": {"_CANDIDATES": 1},
+    "halves not split again": {"_MIN_HALF": 10**12},
     "best hypothesis alone": {"_NEGLIGIBLE": -1e-9},
     "no oddness": {"_WEIGHTS": {"oddness": 0.0}},
     "no separation": {"_WEIGHTS": {"separation": 0.0}},

@@ -103,6 +103,28 @@ def test_few_poisoned_rows():
     assert recall(dump, score(dump)[0]) == 1
 
 
+def poison_beside_natural_parts(seed):
+    """Twenty poisoned rows in a class of 400; each class has three natural parts, and they lie half as far apart."""
+    dump = planted(share=0.05, n=4000, classes=10, d=48, shift=16.0, seed=seed)
+    rng = np.random.default_rng(seed + 100)
+    features, logits = dump.features.copy(), dump.logits.copy()
+    logits[:, 0] -= 9.7 * features[:, -1]  # the trigger hardly shows in the logits
+    directions = np.linalg.qr(rng.normal(size=(47, 30)))[0].T.reshape(10, 3, 47)
+    directions[:, 0] = 0
+    part = np.where(dump.poisoned, 0, rng.integers(0, 3, len(features)))
+    features[:, :-1] += 8 * directions[dump.labels, part]
+    return with_fraction(dump._replace(features=features, logits=logits))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("use_class_sizes", [True, False])
+def test_few_poisoned_rows_beside_natural_parts(seed, use_class_sizes):
+    dump = poison_beside_natural_parts(seed)
+    scores, defense = score(dump, use_class_sizes=use_class_sizes)
+    assert recall(dump, scores) == 1
+    assert abs(defense.n_suspected_ - dump.poisoned.sum()) <= 1  # while halves were not split again, 48 to 119
+
+
 def test_dead_dimensions_change_nothing():
     dump = relabelled(0.4)
     wide = np.zeros((len(dump.labels), 96), np.float32)
