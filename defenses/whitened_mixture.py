@@ -174,7 +174,7 @@ class BackdoorDefense:
         """
         nested, most, usual_gain = [], _most(splits), _usual_gain(splits)
         for c, index in best.items():
-            for half in splits[index]["halves"]:
+            for half, beside in zip(splits[index]["halves"], splits[index]["statistics"][::-1], strict=True):
                 if half.sum() < max(_MIN_HALF, self.n_poisoned_ or 0):
                     continue
                 values = self.coordinates_[c][half]
@@ -182,7 +182,7 @@ class BackdoorDefense:
                     if inner["held_out"] > usual_gain and inner["halves"].sum(axis=1).min() >= _MIN_CLASS:
                         parts, halves = np.zeros((3, len(half))), np.zeros((2, len(half)), bool)
                         parts[:2, half], parts[2], halves[:, half] = inner["parts"], ~half, inner["halves"]
-                        nested.append({**inner, "parts": parts, "halves": halves, "class": c})
+                        nested.append({**inner, "parts": parts, "halves": halves, "class": c, "beside": beside})
         return nested
 
     def _suspects(self, ranked):
@@ -250,8 +250,10 @@ class BackdoorDefense:
             most_apart, most_gained = (most[n, split["class"], _is_nested(split)] for n in ("separation", "held_out"))
             apart = np.log((split["separation"] + 1e-12) / (most_apart + 1e-12))
             few = split["sizes"] / (split["sizes"] + 10)  # statistics of few rows are noisy
-            z = (split["statistics"] - centre) / scale * np.sqrt(few)[:, None]
-            odd = _WEIGHTS["oddness"] * np.minimum(z**2, _LARGEST_Z2).sum(axis=1)
+            # Where a class has three parts, the poisoned one is also unlike the natural ones, and these are like each other.
+            z = np.array([split["statistics"] - usual_look for usual_look in (centre, split.get("beside", centre))])
+            z2 = (z / scale) ** 2 * few[:, None]
+            odd = _WEIGHTS["oddness"] * np.minimum(z2, _LARGEST_Z2).sum(axis=2).mean(axis=0)
             evidence[index] = (
                 _LARGEST_ODDNESS * np.tanh((odd - odd[::-1]) / _LARGEST_ODDNESS)
                 + _WEIGHTS["separation"] * apart
@@ -282,7 +284,7 @@ class BackdoorDefense:
 
 
 def _is_nested(split):
-    return len(split["parts"]) > 2
+    return "beside" in split
 
 
 def _likeliest(splits):
