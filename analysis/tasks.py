@@ -153,8 +153,7 @@ class Runner:
         output, _ = process.communicate()
         self.running.discard(process)
         seconds = time.monotonic() - started
-        # A command interrupted while Python starts can end with 0 and have done nothing.
-        if process.returncode or not all(Path(out).exists() for out in task.outs):
+        if process.returncode:
             how = "stopped" if self.stopping.is_set() else "failed"
             print(f"{how:<6} {task.outs[0]} after {seconds:.0f} s: {output.strip().splitlines()[-1:]}", flush=True)
             return how
