@@ -138,11 +138,12 @@ class BackdoorDefense:
         if not splits:
             return scores
         self._look(features, logits, splits)
-        _, best = _ranked(splits, self._evidence(splits))
-        nested = self._nested(splits, {c: index for c, (_, index, _) in best.items()})
-        self._look(features, logits, nested)
-        splits += nested
         of_class, best = _ranked(splits, self._evidence(splits))
+        nested = self._nested(splits, {c: index for c, (_, index, _) in best.items()})
+        if nested:
+            self._look(features, logits, nested)  # reads all features once more
+            splits += nested
+            of_class, best = _ranked(splits, self._evidence(splits))
         order = sorted(best, key=lambda c: (-best[c][0], c))
         sizes = {  # rows that the class may explain
             c: max(
