@@ -98,6 +98,9 @@ class Runner:
 
     def run(self, tasks: dict[str, Task]) -> dict[str, str]:
         """Name of the outcome by command: done, ran, failed, stopped or skipped (something before it failed)."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # As shells start what ends in "&". The stages would inherit it, and then the time limit could not stop them.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         outcome: dict[str, str] = {}
         pool = concurrent.futures.ThreadPoolExecutor(self.jobs)
         try:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,10 +130,11 @@ def test_a_failed_stage_skips_what_needs_it_and_nothing_else(tmp_path, monkeypat
     }  # fmt: skip
 
 
-def test_the_time_limit_interrupts_what_runs(tmp_path, monkeypatch):
-    import time
-
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_the_time_limit_interrupts_what_runs(tmp_path, monkeypatch, request, handler):
     monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     slow = Task("slow", "python -c 'import time; time.sleep(60)'", [], [tmp_path / "never"], {})
     started = time.monotonic()
     outcome = Runner(1, time.monotonic() + 1.0).run({slow.command: slow})
