@@ -14,7 +14,8 @@ each other and from the halves of other classes more than natural sub-classes do
    held-out rows, and how unlike the halves of all other classes its spread, place, confidence and runner-up labels are.
    A surplus of the class over the usual size and the known number of poisoned rows count where they are given.
 4. A row's score is its log-odds of being poison, averaged over the splits of its class by their evidence (Bayesian
-   model averaging, Hoeting et al. 1999, Statistical Science 14:382); rows of classes that are not suspected follow.
+   model averaging, Hoeting et al. 1999, Statistical Science 14:382), the larger half now described by up to three
+   components (mixture discriminant analysis, Hastie & Tibshirani 1996, JRSS B 58:155); rows of other classes follow.
 
 Departures: SCAn needs clean data and gives both halves one covariance; here no row is known to be clean and each half
 has its own. SPECTRE needs poison to be the minority of its class; here neither half is the background by its size.
@@ -38,7 +39,8 @@ _MIN_HALF = 16  # rows; a smaller half is not split again
 _SEARCH_ROWS = 1000  # of a class, evenly spread; the search for splits gains nothing from more
 _SHORT_RUN, _LONG_RUN = 12, 80  # EM steps
 _SMALLEST = -30.0  # log-responsibility; denormal numbers make BLAS a hundred times slower
-_CANDIDATES = 6  # splits kept of each class
+_CANDIDATES = 6, 8  # splits kept of each class: without and with the number of poisoned rows, which adds starts
+_FINEST = 3  # components of a half, at most, once a class is suspected
 _SAME_SPLIT = 0.97  # two splits that agree on so many rows are one
 _BLOCK = 8192  # rows in float64 at a time
 
@@ -391,7 +393,7 @@ def _candidates(values, n_poisoned, apart=0.0):
         if all(1 - _SAME_SPLIT < agreement < _SAME_SPLIT for agreement in agreements):
             kept.append((likelihood, second))
     splits, alone = [], None
-    for _, second in kept[:_CANDIDATES]:
+    for _, second in kept[: _CANDIDATES[wanted is not None]]:
         everywhere = second if len(few) == n else _carry_over(values, few, second)
         up = everywhere > 0.5
         if 0 < up.sum() < n:
@@ -462,18 +464,18 @@ def _log_densities(values, rows, weights, steps):
     return _log_density(_distances(values, mean, factor), factor)
 
 
-def _em(values, parts, weight=None, steps=_LONG_RUN, tolerance=1e-6):
-    """EM from the responsibilities (K, n) of K components; the weight of the last is free or given.
+def _em(values, parts, weight=None, last=1, steps=_LONG_RUN, tolerance=1e-6):
+    """EM from the responsibilities (K, n) of K components; the weight of the last ones together is free or given.
 
-    Returns the log-odds (n,) of the last component, responsibilities (K, n), and the mean log-likelihood.
+    Returns the log-odds (n,) of the last ones, responsibilities (K, n), and the mean log-likelihood.
     """
     distances, densities, before = [None] * len(parts), np.empty(parts.shape), -np.inf
+    weight = None if weight is None else np.clip(weight, 1e-6, 1 - 1e-6)
     for _ in range(steps):
         shares = np.clip(parts.mean(axis=1), 1e-6, 1 - 1e-6)
         if weight is not None:
-            last = np.clip(weight, 1e-6, 1 - 1e-6)
-            shares *= (1 - last) / shares[:-1].sum()
-            shares[-1] = last
+            shares[:-last] *= (1 - weight) / shares[:-last].sum()
+            shares[-last:] *= weight / shares[-last:].sum()
         for i, responsibilities in enumerate(parts):
             mean, factor = _maximise(values, responsibilities, distances[i])
             distances[i] = _distances(values, mean, factor)
@@ -483,7 +485,7 @@ def _em(values, parts, weight=None, steps=_LONG_RUN, tolerance=1e-6):
         if abs(likelihood - before) < tolerance:
             break
         before = likelihood
-    return densities[-1] - np.logaddexp.reduce(densities[:-1]), parts, likelihood
+    return np.logaddexp.reduce(densities[-last:]) - np.logaddexp.reduce(densities[:-last]), parts, likelihood
 
 
 def _carry_over(values, rows, second):
@@ -510,16 +512,39 @@ def _average(values, splits, hypotheses, share):
 
     Splits of nearly the same evidence often err on different rows; the average is better than the best of them.
     """
-    strongest, steps = max(hypotheses)[0], _LONG_RUN if len(hypotheses) > 1 else 1
+    strongest, alone = max(hypotheses)[0], len(hypotheses) == 1  # one stands for a class that is not suspected
     yes = no = -np.inf
     for evidence, index, side in hypotheses:
         weight = evidence - strongest
         if weight > _NEGLIGIBLE:
             parts = np.roll(splits[index]["parts"], -1 - side, axis=0)  # the poison is the last
-            log_odds = _em(values, parts, share, steps)[0]
+            log_odds, parts, _ = _em(values, parts, share, steps=1 if alone else _LONG_RUN)
+            if len(parts) == 2 and not alone:
+                finer, last = _finer(values, log_odds > 0)
+                if len(finer) > 2:
+                    log_odds = _em(values, finer, share, last)[0]
             yes = np.logaddexp(yes, weight - np.logaddexp(0, -log_odds))
             no = np.logaddexp(no, weight - np.logaddexp(0, log_odds))
     return yes - no
+
+
+def _finer(values, poisoned):
+    """Responsibilities (K, n) of components as large as the smaller half, at most three, and how many are the poison's.
+
+    One component for a half several times as large leaves its outskirts to the other: of a class that is mostly
+    poisoned, a tenth of the poison.
+    """
+    small, large = sorted((~poisoned, poisoned), key=np.sum)
+    pieces = [large]
+    for _ in range(1, min(_FINEST, round(large.sum() / small.sum())) if small.any() else 1):
+        pieces.sort(key=np.sum)
+        piece = pieces.pop()
+        centred = values[piece] - values[piece].mean(axis=0)
+        up = np.zeros(len(values), bool)
+        up[piece] = _two_means(centred @ eigh(centred.T @ centred)[1][:, -1])
+        pieces += [up, piece & ~up]
+    ordered = [small, *pieces] if large is poisoned else [*pieces, small]  # the poison is the last
+    return 0.05 + 0.9 * np.array(ordered), len(pieces) if large is poisoned else 1
 
 
 def _entropy(counts):

@@ -28,6 +28,10 @@ def relabelled(share, n=3000, classes=10, **options):
     return with_fraction(dump.take(np.concatenate(rows)))
 
 
+def finer(values, poisoned):
+    return sys.modules[type(defenses.load(NAME)).__module__]._finer(values, poisoned)
+
+
 def with_fraction(dump):
     return dump._replace(poison_fraction=dump.poisoned.mean())
 
@@ -123,6 +127,33 @@ def test_few_poisoned_rows_beside_natural_parts(seed, use_class_sizes):
     scores, defense = score(dump, use_class_sizes=use_class_sizes)
     assert recall(dump, scores) == 1
     assert abs(defense.n_suspected_ - dump.poisoned.sum()) <= 1  # while halves were not split again, 48 to 119
+
+
+def poison_of_many_sources(seed):
+    """Most of the class is poison; its rows keep something of nine other classes, and not all carry the whole trigger."""
+    dump = relabelled(0.83, n=6000, d=48, target=1, seed=seed, shift=16.0)
+    rng = np.random.default_rng(seed + 7)
+    features, n_poisoned = dump.features.copy(), dump.poisoned.sum()
+    directions = np.linalg.qr(rng.normal(size=(47, 9)))[0].T
+    features[dump.poisoned, -1] *= rng.beta(6, 1, n_poisoned)
+    features[dump.poisoned, :-1] += 8 * directions[np.minimum(rng.geometric(0.3, n_poisoned) - 1, 8)]
+    return dump._replace(features=features)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_most_of_a_class_from_many_sources(seed):
+    dump = poison_of_many_sources(seed)
+    assert recall(dump, score(dump)[0]) >= 0.99  # with six splits a class 0.795, the wrong half of the right class
+
+
+@pytest.mark.parametrize("share, expected", [(0.3, (3, 1)), (0.45, (2, 1)), (0.7, (3, 2)), (0.9, (4, 3)), (0.0, (2, 1))])
+def test_the_larger_half_has_more_components(share, expected):
+    rng = np.random.default_rng(0)
+    poisoned = np.arange(200) < 200 * share
+    values = rng.normal(size=(200, 4)) + np.outer(rng.integers(0, 3, 200), [9, 0, 0, 0])
+    parts, last = finer(values, poisoned)
+    assert (len(parts), last) == expected
+    np.testing.assert_allclose((parts[-last:] > 0.5).sum(axis=0), poisoned)  # each row in one component, of its half
 
 
 def test_dead_dimensions_change_nothing():
