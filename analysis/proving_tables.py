@@ -149,9 +149,11 @@ def clean(records: list[dict]) -> str:
 
 def ablation(records: list[dict]) -> str:
     """Mean recall at the budget over the attacks that took, one ingredient off at a time; and the lowest. Dumps that
-    were scored without ablations are left out."""
-    records = [found for found in records if took(found) and any(key.count(" / ") == 2 for key in found["scored"])]
-    names = sorted({key.split(" / ")[2] for found in records for key in found["scored"] if key.count(" / ") == 2})
+    lack one of the ablations, or all, are left out."""
+    records = [found for found in records if took(found)]
+    off = [{key.split(" / ")[2] for key in found["scored"] if key.count(" / ") == 2} for found in records]
+    names = sorted(set().union(*off))
+    records = [found for found, there in zip(records, off, strict=True) if names and len(there) == len(names)]
     lines = [
         "| | " + " | ".join(f"{mode}: mean, lowest" for mode in MODES) + " |",
         "|---|" + "--:|" * len(MODES),
@@ -164,8 +166,8 @@ def ablation(records: list[dict]) -> str:
             cells.append("" if None in values or not values else f"{np.mean(values):.3f}, {min(values):.3f}")
         lines.append(f"| {name or '*all ingredients*'} | " + " | ".join(cells) + " |")
     earlier = sum(any(mark(found, key) for key in found["scored"] if key.startswith(f"{OWN} / ")) for found in records)
-    text = "\n".join(lines)
-    return f"{text}\n\nOn {earlier} of {len(records)} dumps by an earlier version of the file." if earlier else text
+    text = "\n".join([*lines, "", f"Dumps: {len(records)}."])
+    return f"{text} On {earlier} of {len(records)} dumps by an earlier version of the file." if earlier else text
 
 
 def page(records: list[dict]) -> str:

@@ -42,8 +42,12 @@ def test_ablations_are_told_with_mean_and_lowest():
     records = [record("a"), record("b")]
     for found, recall in zip(records, (1.0, 0.5)):
         found["scored"] = {f"whitened_mixture / told{end}": {"recall": recall} for end in ("", " / no oddness")}
-    text = proving_tables.ablation([*records, record("c", whitened_mixture=0.0)])  # c: not run with ablations
+    records += [record("c", whitened_mixture=0.0)]  # not run with ablations
+    text = proving_tables.ablation(records)
     assert "| *all ingredients* | 0.750, 0.500 |" in text and "| no oddness | 0.750, 0.500 |" in text
+    records[0]["scored"]["whitened_mixture / told / one more"] = {"recall": 1.0}  # and not on the other
+    text = proving_tables.ablation(records)
+    assert "| *all ingredients* | 1.000, 1.000 |" in text and "| no oddness | 1.000, 1.000 |" in text
 
 
 def test_ablations_by_an_earlier_version_are_told():

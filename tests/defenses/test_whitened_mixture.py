@@ -146,7 +146,9 @@ def test_most_of_a_class_from_many_sources(seed):
     assert recall(dump, score(dump)[0]) >= 0.99  # with six splits a class 0.795, the wrong half of the right class
 
 
-@pytest.mark.parametrize("share, expected", [(0.3, (3, 1)), (0.45, (2, 1)), (0.7, (3, 2)), (0.9, (4, 3)), (0.0, (2, 1))])
+@pytest.mark.parametrize(
+    "share, expected", [(0.3, (3, 1)), (0.45, (2, 1)), (0.7, (3, 2)), (0.9, (4, 3)), (0.0, (2, 1))]
+)
 def test_the_larger_half_has_more_components(share, expected):
     rng = np.random.default_rng(0)
     poisoned = np.arange(200) < 200 * share
