@@ -34,6 +34,7 @@ from test_pipeline import ROOT, Clone
 
 TARGETS = ("stage", "dvc", "group")
 START = "(start)"  # before the first stage
+EMPTY_RUN = "join() argument must be str"  # DVC makes the folder of a run first, then the file in it
 LOCK_CUT_SHORT = re.compile(r"'(\./)?dvc\.lock' (validation failed|is invalid)|unable to read: 'dvc\.lock'")
 
 
@@ -53,9 +54,14 @@ class Repro:
     def ended(self) -> bool:
         """Whether it came to its end by itself; AssertionError with what it said if that was not a good end.
 
-        DVC writes `dvc.lock` in place, and a kill just then leaves half of it: with the one message for which something has
-        to be done by hand, that is done, and DVC brings all back from its run cache.
+        DVC writes `dvc.lock` in place, and a kill just then leaves half of it; or an empty folder in the run cache. With the
+        two messages for which something has to be done by hand, that is done, and DVC brings all back from its run cache.
         """
+        if self.process.poll() and EMPTY_RUN in self.log.read_text():
+            for folder in sorted((self.clone.folder / ".dvc/cache/runs").glob("*/*")):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+            self.start()
         if self.process.poll() and LOCK_CUT_SHORT.search(self.log.read_text()):
             (self.clone.folder / "dvc.lock").unlink()
             self.lock_removed = True
