@@ -58,9 +58,10 @@ class Repro:
         two messages for which something has to be done by hand, that is done, and DVC brings all back from its run cache.
         """
         if self.process.poll() and EMPTY_RUN in self.log.read_text():
-            for folder in sorted((self.clone.folder / ".dvc/cache/runs").glob("*/*")):
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+            empty = [f for f in (self.clone.folder / ".dvc/cache/runs").glob("*/*") if not any(f.iterdir())]
+            assert empty, self.log.read_text()  # and not the same again and again
+            for folder in empty:
+                folder.rmdir()
             self.start()
         if self.process.poll() and LOCK_CUT_SHORT.search(self.log.read_text()):
             (self.clone.folder / "dvc.lock").unlink()
