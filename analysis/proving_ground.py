@@ -59,7 +59,7 @@ ABLATIONS: dict[str, dict] = {
     "not compared with other classes": {"_class_coordinates": _own_directions},
     "Gaussian components": {"_DEGREES": 1e6},
     "8 directions": {"_DIRECTIONS": 8},
-    "one split a class": {"_CANDIDATES": (1, 1)},
+    "one split a class": {"_CANDIDATES": 1, "_CANDIDATES_TOLD": 1},
     "halves not split again": {"_MIN_HALF": 10**12},
     "one component a half": {"_FINEST": 1},
     "best hypothesis alone": {"_NEGLIGIBLE": -1e-9},

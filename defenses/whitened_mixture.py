@@ -26,7 +26,7 @@ import numbers
 
 import numpy as np
 from scipy.linalg import eigh
-from scipy.linalg.lapack import dtrtri
+from scipy.linalg.lapack import dpotri
 from threadpoolctl import threadpool_limits
 
 _DIRECTIONS = 32  # of a class, for the mixture. With 8 the likeliest split was often not the poison; with 32 it was
@@ -39,10 +39,12 @@ _MIN_HALF = 16  # rows; a smaller half is not split again
 _SEARCH_ROWS = 1000  # of a class, evenly spread; the search for splits gains nothing from more
 _SHORT_RUN, _LONG_RUN = 12, 80  # EM steps
 _SMALLEST = -30.0  # log-responsibility; denormal numbers make BLAS a hundred times slower
-_CANDIDATES = 6, 8  # splits kept of each class: without and with the number of poisoned rows, which adds starts
+_CANDIDATES, _CANDIDATES_TOLD = 6, 8  # splits kept of each class; the number of poisoned rows adds starts
 _FINEST = 3  # components of a half, at most, once a class is suspected
 _SAME_SPLIT = 0.97  # two splits that agree on so many rows are one
 _BLOCK = 8192  # rows in float64 at a time
+_DESIGNED = 512  # rows of a design at a time: 561 numbers each, which then fit the processor's cache
+_ENTRIES = 2**22  # responsibilities at a time, in EM from many starts
 
 # Weights of the evidence for "this half is poison". Found on the development dumps of analysis/dumps.yaml, and rounded;
 # twice or half of each changes little. Separation and likelihood mostly compare the splits of one class: natural classes
@@ -173,16 +175,16 @@ class BackdoorDefense:
         """Splits of both halves of the best split of each class; the rows beside that half are a third part.
 
         Kept are those that lie further apart than all splits of the class (a new gap, and not the same again) and gain
-        more than is usual. A half with fewer rows than are poisoned is left as it is.
+        likelihood. A half with fewer rows than are poisoned is left as it is.
         """
-        nested, most, usual_gain = [], _most(splits), _usual_gain(splits)
+        nested, most = [], _most(splits)
         for c, index in best.items():
             for half, beside in zip(splits[index]["halves"], splits[index]["statistics"][::-1], strict=True):
                 if half.sum() < max(_MIN_HALF, self.n_poisoned_ or 0):
                     continue
                 values = self.coordinates_[c][half]
                 for inner in _candidates(values, self.n_poisoned_, apart=most["separation", c, False]):
-                    if inner["held_out"] > usual_gain and inner["halves"].sum(axis=1).min() >= _MIN_CLASS:
+                    if inner["held_out"] > 0 and inner["halves"].sum(axis=1).min() >= _MIN_CLASS:
                         parts, halves = np.zeros((3, len(half))), np.zeros((2, len(half)), bool)
                         parts[:2, half], parts[2], halves[:, half] = inner["parts"], ~half, inner["halves"]
                         nested.append({**inner, "parts": parts, "halves": halves, "class": c, "beside": beside})
@@ -271,7 +273,7 @@ class BackdoorDefense:
         n, evidence = size + rest, 0.0
         if self.use_class_sizes:
             usual = np.median(self.sizes_)
-            scale = max(1.4826 * np.median(np.abs(self.sizes_ - usual)), 0.01 * usual, 1.0)
+            scale = max(1.4826 * np.median(np.abs(self.sizes_ - usual)), 0.005 * usual, 1.0)
             surplus = (n - usual) / (1 + 1 / max(len(self.sizes_) - 1, 1))  # the others have lost what this one won
             assumed = np.clip(surplus, 0.5 * size, min(1.5 * size, n))  # the split may be off
             without, left = surplus / scale, (surplus - assumed) / scale
@@ -379,31 +381,40 @@ def _candidates(values, n_poisoned, apart=0.0):
     """
     n = len(values)
     sample = np.argsort(values[:, 0], kind="stable")[:: -(-n // _SEARCH_ROWS)] if n > _SEARCH_ROWS else np.arange(n)
-    few = values[sample]
+    few = _Rows(values[sample])
     wanted = None if n_poisoned is None else round(n_poisoned * len(sample) / n)
-    runs = []
-    for start in _starts(few, wanted):
-        _, parts, likelihood = _em(few, 0.05 + 0.9 * np.array([~start, start]), steps=_SHORT_RUN)
-        if 0 < (parts[1] > 0.5).sum() < len(few):
-            runs.append((likelihood, parts[1]))
+    starts = _starts(values[sample], wanted)
+    if not starts:
+        return []
+    _, parts, likelihoods = _em(few, 0.05 + 0.9 * np.array([[~start, start] for start in starts]), steps=_SHORT_RUN)
     kept = []
-    for likelihood, second in sorted(runs, key=lambda run: -run[0]):
+    for second in parts[np.argsort(-likelihoods, kind="stable"), 1]:
         up = second > 0.5
-        agreements = [np.mean(up == (other > 0.5)) for _, other in kept]
-        if all(1 - _SAME_SPLIT < agreement < _SAME_SPLIT for agreement in agreements):
-            kept.append((likelihood, second))
-    splits, alone = [], None
-    for _, second in kept[: _CANDIDATES[wanted is not None]]:
-        everywhere = second if len(few) == n else _carry_over(values, few, second)
-        up = everywhere > 0.5
-        if 0 < up.sum() < n:
-            separation = np.linalg.norm(values[up].mean(axis=0) - values[~up].mean(axis=0))
-            if separation > apart:
-                alone = _held_out(few, np.ones((1, len(few)))) if alone is None else alone
-                held_out = _held_out(few, np.array([1 - second, second])) - alone
-                parts, halves = np.array([everywhere, 1 - everywhere]), np.array([up, ~up])
-                splits.append({"parts": parts, "halves": halves, "held_out": held_out, "separation": separation})
-    return splits
+        agreements = [np.mean(up == (other > 0.5)) for other in kept]
+        if 0 < up.sum() < len(up) and all(1 - _SAME_SPLIT < agreement < _SAME_SPLIT for agreement in agreements):
+            kept.append(second)
+    kept = np.array(kept[: _CANDIDATES if wanted is None else _CANDIDATES_TOLD]).reshape(-1, len(sample))
+    everywhere = kept if len(sample) == n else _carry_over(_Rows(values), few, kept)
+    halves = np.stack([everywhere > 0.5, everywhere <= 0.5], axis=1)
+    separation = [_separation(values, up) for up, _ in halves]
+    chosen = [i for i, gap in enumerate(separation) if gap > apart]
+    if not chosen:
+        return []
+    gains = _held_out(few, np.stack([1 - kept, kept], axis=1)[chosen]) - _held_out(few, np.ones((1, 1, len(sample))))
+    return [
+        {
+            "parts": np.array([everywhere[i], 1 - everywhere[i]]),
+            "halves": halves[i],
+            "held_out": gain,
+            "separation": separation[i],
+        }
+        for i, gain in zip(chosen, gains, strict=True)
+    ]
+
+
+def _separation(values, up):
+    """Distance of the means of two halves; none has no rows."""
+    return np.linalg.norm(values[up].mean(axis=0) - values[~up].mean(axis=0)) if 0 < up.sum() < len(up) else -np.inf
 
 
 def _starts(values, wanted):
@@ -431,80 +442,128 @@ def _two_means(along):
     return along > (ranked[cut] + ranked[cut + 1]) / 2
 
 
-def _maximise(values, weights, distances):
-    """M step of one t component: mean and Cholesky factor, the covariance drawn to that of the other classes."""
-    width = values.shape[1]
-    prior = width + 2  # rows' worth of the identity: enough to be definite, little for a class of hundreds
-    robust = weights if distances is None else weights * (_DEGREES + width) / (_DEGREES + distances)
-    mean = robust @ values / (robust.sum() + 1e-12)
-    centred = values - mean
-    scatter = (centred * robust[:, None]).T @ centred
-    scatter.flat[:: width + 1] += 0.5 * prior
-    return mean, np.linalg.cholesky(scatter / (weights.sum() + prior))
+class _Rows:
+    """A design of the rows of (n, k) values: a one, the coordinates and their products, (1 + k + k (k + 1) / 2, n).
 
-
-def _distances(values, mean, factor):
-    # The small inverse and a product: fifteen times faster than solving for all rows. And LAPACK itself: solving for
-    # the inverse with solve_triangular took a fifth of all the time.
-    white = (values - mean) @ dtrtri(factor.T, lower=0)[0]
-    return np.einsum("ij,ij->i", white, white)
-
-
-def _log_density(distances, factor):
-    """Of a t component at squared Mahalanobis distances, up to a constant that all components share."""
-    return -0.5 * (_DEGREES + len(factor)) * np.log1p(distances / _DEGREES) - np.log(factor.diagonal()).sum()
-
-
-def _log_densities(values, rows, weights, steps):
-    """Log-density of values under one component, fitted to weighted rows."""
-    distances = None
-    for _ in range(steps):
-        mean, factor = _maximise(rows, weights, distances)
-        distances = _distances(rows, mean, factor)
-    return _log_density(_distances(values, mean, factor), factor)
-
-
-def _em(values, parts, weight=None, last=1, steps=_LONG_RUN, tolerance=1e-6):
-    """EM from the responsibilities (K, n) of K components; the weight of the last ones together is free or given.
-
-    Returns the log-odds (n,) of the last ones, responsibilities (K, n), and the mean log-likelihood.
+    The weighted moments of any number of components are one product with it, their squared Mahalanobis distances another:
+    several times faster than a component at a time. Made some rows at a time, and kept where there are few.
     """
-    distances, densities, before = [None] * len(parts), np.empty(parts.shape), -np.inf
-    weight = None if weight is None else np.clip(weight, 1e-6, 1 - 1e-6)
+
+    def __init__(self, values):
+        self.n, self.width = values.shape
+        self._values = np.ascontiguousarray(values.T)
+        self._first, self._second = np.triu_indices(self.width)
+        self._upper = self._first * self.width + self._second
+        self._packed = np.empty((self.width, self.width), np.int64)  # where in the design a product is
+        self._packed[self._first, self._second] = 1 + self.width + np.arange(len(self._first))
+        self._packed[self._second, self._first] = self._packed[self._first, self._second]
+        self._blocks = [slice(start, start + _DESIGNED) for start in range(0, self.n, _DESIGNED)]
+        self._kept = [self._design(block) for block in self._blocks] if self.n <= _BLOCK else None
+
+    def _design(self, block):
+        x = self._values[:, block]
+        return np.concatenate([np.ones((1, x.shape[1])), x, x[self._first] * x[self._second]])
+
+    def _designs(self):
+        return zip(self._blocks, self._kept or map(self._design, self._blocks), strict=True)
+
+    def fit(self, weights, distances=None):
+        """M step of m t components with weights (m, n), the covariance drawn to that of the other classes.
+
+        distances: (m, n), squared, from the components before. Returns what `distances` and `_log_density` need.
+        """
+        width = self.width
+        prior = width + 2  # rows' worth of the identity: enough to be definite, little for a class of hundreds
+        robust = weights if distances is None else weights * ((_DEGREES + width) / (_DEGREES + distances))
+        sums = sum(robust[:, block] @ design.T for block, design in self._designs())
+        means = sums[:, 1 : width + 1] / (sums[:, :1] + 1e-12)
+        scatter = sums[:, self._packed] - (sums[:, :1] * means)[:, :, None] * means[:, None, :]
+        scatter[:, range(width), range(width)] += 0.5 * prior
+        factors = np.linalg.cholesky(scatter / (weights.sum(axis=1) + prior)[:, None, None])
+        # LAPACK itself: numpy's inverse does not know that there is a factor. The upper half of it; the lower is 0.
+        inverses = np.array([dpotri(factor.T)[0] for factor in factors])
+        inverses[:, range(width), range(width)] /= 2
+        linear = np.einsum("mij,mj->mi", inverses, means) + np.einsum("mji,mj->mi", inverses, means)
+        constant = np.einsum("mi,mi->m", linear, means)
+        quadratic = 2 * inverses.reshape(len(inverses), -1)[:, self._upper]
+        form = np.column_stack([constant, -2 * linear, quadratic])
+        return form, np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(axis=1)
+
+    def distances(self, form):
+        """Squared Mahalanobis distances (m, n) from components."""
+        return np.concatenate([form @ design for _, design in self._designs()], axis=1)
+
+
+def _log_density(distances, log_volume, width):
+    """Of t components at squared Mahalanobis distances (m, n), up to a constant that all share."""
+    return -0.5 * (_DEGREES + width) * np.log1p(distances / _DEGREES) - log_volume[:, None]
+
+
+def _log_densities(rows, fitted, weights, steps):
+    """(..., n): log-density of rows under components fitted to others, or the same, with weights (..., n of those)."""
+    distances, flat = None, weights.reshape(-1, weights.shape[-1])
     for _ in range(steps):
-        shares = np.clip(parts.mean(axis=1), 1e-6, 1 - 1e-6)
+        form, log_volume = fitted.fit(flat, distances)
+        distances = fitted.distances(form)
+    if rows is not fitted:
+        distances = rows.distances(form)
+    return _log_density(distances, log_volume, rows.width).reshape(*weights.shape[:-1], -1)
+
+
+def _em(rows, parts, weight=None, last=1, steps=_LONG_RUN, tolerance=1e-6):
+    """EM from the responsibilities (r, K, n) in r mixtures of K components each, the last ones of which are the poison.
+
+    weight: of those together, free or given; last: how many they are, one number or (r,). Returns the log-odds of poison
+    (r, n), responsibilities (r, K, n), and the mean log-likelihoods (r,).
+    """
+    parts = parts.copy()
+    poison = np.arange(parts.shape[1]) >= parts.shape[1] - np.broadcast_to(last, len(parts))[:, None]
+    weight = None if weight is None else np.clip(weight, 1e-6, 1 - 1e-6)
+    log_odds, likelihoods = np.empty((len(parts), parts.shape[2])), np.full(len(parts), -np.inf)
+    running, distances = np.arange(len(parts)), None  # mixtures that have not converged
+    for step in range(steps):
+        before, is_poison = parts[running], poison[running]
+        shares = np.clip(before.mean(axis=2), 1e-6, 1 - 1e-6)
         if weight is not None:
-            shares[:-last] *= (1 - weight) / shares[:-last].sum()
-            shares[-last:] *= weight / shares[-last:].sum()
-        for i, responsibilities in enumerate(parts):
-            mean, factor = _maximise(values, responsibilities, distances[i])
-            distances[i] = _distances(values, mean, factor)
-            densities[i] = _log_density(distances[i], factor) + np.log(shares[i])
-        total = np.logaddexp.reduce(densities)
-        parts, likelihood = np.exp(np.maximum(densities - total, _SMALLEST)), total.mean()
-        if abs(likelihood - before) < tolerance:
+            of_all = np.where(is_poison, weight, 1 - weight)
+            poisoned = (shares * is_poison).sum(axis=1, keepdims=True)
+            shares *= of_all / np.where(is_poison, poisoned, shares.sum(axis=1, keepdims=True) - poisoned)
+        form, log_volume = rows.fit(before.reshape(-1, parts.shape[2]), distances)
+        distances = rows.distances(form)
+        densities = _log_density(distances, log_volume, rows.width).reshape(before.shape) + np.log(shares)[:, :, None]
+        total = np.logaddexp.reduce(densities, axis=1)
+        parts[running] = np.exp(np.maximum(densities - total[:, None], _SMALLEST))
+        likelihood = total.mean(axis=1)
+        done = (abs(likelihood - likelihoods[running]) < tolerance) | (step == steps - 1)
+        likelihoods[running] = likelihood
+        for i in np.flatnonzero(done):
+            p = is_poison[i]
+            log_odds[running[i]] = np.logaddexp.reduce(densities[i, p]) - np.logaddexp.reduce(densities[i, ~p])
+        distances = distances.reshape(before.shape)[~done].reshape(-1, parts.shape[2])
+        running = running[~done]
+        if not len(running):
             break
-        before = likelihood
-    return np.logaddexp.reduce(densities[-last:]) - np.logaddexp.reduce(densities[:-last]), parts, likelihood
+    return log_odds, parts, likelihoods
 
 
-def _carry_over(values, rows, second):
-    """Responsibilities of the second component for all values, from those for some rows."""
-    share = np.clip(second.mean(), 1e-6, 1 - 1e-6)
-    first = _log_densities(values, rows, 1 - second, 3) + np.log1p(-share)
-    other = _log_densities(values, rows, second, 3) + np.log(share)
-    return np.exp(other - np.logaddexp(first, other))
+def _carry_over(rows, few, second):
+    """Responsibilities of the second component for all rows (r, n), from those for some."""
+    shares = np.clip(second.mean(axis=1), 1e-6, 1 - 1e-6)[:, None]
+    first, other = np.moveaxis(_log_densities(rows, few, np.stack([1 - second, second], axis=1), 3), 1, 0)
+    other = other + np.log(shares)
+    return np.exp(other - np.logaddexp(first + np.log1p(-shares), other))
 
 
-def _held_out(values, parts):
-    """Mean log-likelihood of components with these responsibilities (K, n), on the half of the rows not fitted to."""
-    folds, total = np.arange(len(values)) % 2, 0.0
+def _held_out(rows, parts):
+    """(r,): mean log-likelihood of components with responsibilities (r, K, n), on the half of the rows not fitted to."""
+    folds, total = np.arange(parts.shape[2]) % 2, 0.0
     for fold in (0, 1):
-        seen, unseen, responsible = values[folds != fold], values[folds == fold], parts[:, folds != fold]
-        shares = np.clip(responsible.mean(axis=1), 1e-3, 1)
-        densities = [_log_densities(unseen, seen, weights, 4) for weights in responsible]
-        total += np.logaddexp.reduce(np.array(densities) + np.log(shares / shares.sum())[:, None]).sum()
-    return total / len(values)
+        seen = folds != fold
+        shares = np.clip(parts[:, :, seen].mean(axis=2), 1e-3, 1)
+        shares /= shares.sum(axis=1, keepdims=True)
+        densities = _log_densities(rows, rows, parts * seen, 4) + np.log(shares)[:, :, None]
+        total = total + np.logaddexp.reduce(densities[:, :, ~seen], axis=1).sum(axis=1)
+    return total / parts.shape[2]
 
 
 def _average(values, splits, hypotheses, share):
@@ -513,19 +572,36 @@ def _average(values, splits, hypotheses, share):
     Splits of nearly the same evidence often err on different rows; the average is better than the best of them.
     """
     strongest, alone = max(hypotheses)[0], len(hypotheses) == 1  # one stands for a class that is not suspected
-    yes = no = -np.inf
-    for evidence, index, side in hypotheses:
-        weight = evidence - strongest
-        if weight > _NEGLIGIBLE:
-            parts = np.roll(splits[index]["parts"], -1 - side, axis=0)  # the poison is the last
-            log_odds, parts, _ = _em(values, parts, share, steps=1 if alone else _LONG_RUN)
-            if len(parts) == 2 and not alone:
-                finer, last = _finer(values, log_odds > 0)
-                if len(finer) > 2:
-                    log_odds = _em(values, finer, share, last)[0]
-            yes = np.logaddexp(yes, weight - np.logaddexp(0, -log_odds))
-            no = np.logaddexp(no, weight - np.logaddexp(0, log_odds))
+    hypotheses = [h for h in hypotheses if h[0] - strongest > _NEGLIGIBLE]
+    rows = _Rows(values)
+    starts = [(np.roll(splits[index]["parts"], -1 - side, axis=0), 1) for _, index, side in hypotheses]
+    log_odds = _settle(rows, starts, share, steps=1 if alone else _LONG_RUN)  # the poison is the last
+    if not alone:
+        ends = {}  # rows that are more likely poison than not -> hypotheses of two parts; many end in the same
+        for i, (parts, _) in enumerate(starts):
+            if len(parts) == 2:
+                ends.setdefault((log_odds[i] > 0).tobytes(), []).append(i)
+        finer = [_finer(values, log_odds[same[0]] > 0) for same in ends.values()]
+        refined = _settle(rows, [start for start in finer if len(start[0]) > 2], share)
+        for same, start in zip(ends.values(), finer, strict=True):
+            if len(start[0]) > 2:
+                log_odds[same] = refined[0]
+                refined = refined[1:]
+    weights = np.array([evidence - strongest for evidence, _, _ in hypotheses])[:, None]
+    yes, no = (np.logaddexp.reduce(weights - np.logaddexp(0, odds)) for odds in (-log_odds, log_odds))
     return yes - no
+
+
+def _settle(rows, starts, share, steps=_LONG_RUN):
+    """Log-odds of poison (r, n) after EM from r starts: responsibilities (K, n), how many of the last are the poison's."""
+    log_odds = np.empty((len(starts), rows.n))
+    for size in {len(parts) for parts, _ in starts}:
+        alike = [i for i, (parts, _) in enumerate(starts) if len(parts) == size]
+        at_once = max(1, _ENTRIES // (size * rows.n))
+        for some in (alike[at : at + at_once] for at in range(0, len(alike), at_once)):
+            parts, last = (np.array(column) for column in zip(*(starts[i] for i in some), strict=True))
+            log_odds[some] = _em(rows, parts, share, last, steps)[0]
+    return log_odds
 
 
 def _finer(values, poisoned):
