@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 from dumps import Dump, planted, recall
+from scipy.stats import multivariate_t
 
 import defenses
 
@@ -28,8 +29,8 @@ def relabelled(share, n=3000, classes=10, **options):
     return with_fraction(dump.take(np.concatenate(rows)))
 
 
-def finer(values, poisoned):
-    return sys.modules[type(defenses.load(NAME)).__module__]._finer(values, poisoned)
+def module():
+    return sys.modules[type(defenses.load(NAME)).__module__]
 
 
 def with_fraction(dump):
@@ -107,8 +108,8 @@ def test_few_poisoned_rows():
     assert recall(dump, score(dump)[0]) == 1
 
 
-def poison_beside_natural_parts(seed):
-    """Twenty poisoned rows in a class of 400; each class has three natural parts, and they lie half as far apart."""
+def poison_beside_natural_parts(seed, elsewhere=8):
+    """Twenty poisoned rows in a class of 400, 16 away; its three natural parts lie 8 apart, those of others `elsewhere`."""
     dump = planted(share=0.05, n=4000, classes=10, d=48, shift=16.0, seed=seed)
     rng = np.random.default_rng(seed + 100)
     features, logits = dump.features.copy(), dump.logits.copy()
@@ -116,7 +117,8 @@ def poison_beside_natural_parts(seed):
     directions = np.linalg.qr(rng.normal(size=(47, 30)))[0].T.reshape(10, 3, 47)
     directions[:, 0] = 0
     part = np.where(dump.poisoned, 0, rng.integers(0, 3, len(features)))
-    features[:, :-1] += 8 * directions[dump.labels, part]
+    apart = np.where(dump.labels == 0, 8, elsewhere)
+    features[:, :-1] += apart[:, None] * directions[dump.labels, part]
     return with_fraction(dump._replace(features=features, logits=logits))
 
 
@@ -127,6 +129,11 @@ def test_few_poisoned_rows_beside_natural_parts(seed, use_class_sizes):
     scores, defense = score(dump, use_class_sizes=use_class_sizes)
     assert recall(dump, scores) == 1
     assert abs(defense.n_suspected_ - dump.poisoned.sum()) <= 1  # while halves were not split again, 48 to 119
+
+
+def test_few_poisoned_rows_gain_less_than_the_parts_of_other_classes():
+    dump = poison_beside_natural_parts(2, elsewhere=12)
+    assert recall(dump, score(dump, use_class_sizes=False)[0]) == 1  # 0 while they had to gain as much
 
 
 def poison_of_many_sources(seed):
@@ -153,9 +160,48 @@ def test_the_larger_half_has_more_components(share, expected):
     rng = np.random.default_rng(0)
     poisoned = np.arange(200) < 200 * share
     values = rng.normal(size=(200, 4)) + np.outer(rng.integers(0, 3, 200), [9, 0, 0, 0])
-    parts, last = finer(values, poisoned)
+    parts, last = module()._finer(values, poisoned)
     assert (len(parts), last) == expected
     np.testing.assert_allclose((parts[-last:] > 0.5).sum(axis=0), poisoned)  # each row in one component, of its half
+
+
+def em_one_component_at_a_time(values, parts, weight, last, steps):
+    """EM as in Peel & McLachlan 2000, with nothing shared: log-odds of the last components, the steps' likelihoods."""
+    n, width = values.shape
+    distances, likelihoods = [None] * len(parts), []
+    for _ in range(steps):
+        shares = np.clip(parts.mean(axis=1), 1e-6, 1 - 1e-6)
+        if weight is not None:
+            shares[:-last] *= (1 - weight) / shares[:-last].sum()
+            shares[-last:] *= weight / shares[-last:].sum()
+        densities = []
+        for i, responsible in enumerate(parts):
+            robust = responsible if distances[i] is None else responsible * (4 + width) / (4 + distances[i])
+            mean = robust @ values / robust.sum()
+            scatter = sum(r * np.outer(x - mean, x - mean) for r, x in zip(robust, values, strict=True))
+            shape = (scatter + 0.5 * (width + 2) * np.eye(width)) / (responsible.sum() + width + 2)
+            distances[i] = np.array([(x - mean) @ np.linalg.solve(shape, x - mean) for x in values])
+            densities.append(multivariate_t.logpdf(values, mean, shape, df=4) + np.log(shares[i]))
+        densities = np.array(densities)
+        total = np.logaddexp.reduce(densities)
+        parts = np.exp(np.maximum(densities - total, -30))
+        likelihoods.append(total.mean())
+    return np.logaddexp.reduce(densities[-last:]) - np.logaddexp.reduce(densities[:-last]), likelihoods
+
+
+@pytest.mark.parametrize("weight", [None, 0.3])
+def test_em_side_by_side_is_em_one_component_at_a_time(weight):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(120, 4)) + np.outer(rng.integers(0, 3, 120), [6, 0, 2, 0])
+    starts, last = rng.dirichlet([0.3, 0.3, 0.3], size=(5, 120)).transpose(0, 2, 1), np.array([1, 2, 1, 2, 1])
+    rows = module()._Rows(values)
+    odds, _, likelihoods = module()._em(rows, starts, weight, last, steps=6, tolerance=0)
+    expected = [em_one_component_at_a_time(values, *each, 6) for each in zip(starts, [weight] * 5, last, strict=True)]
+    np.testing.assert_allclose(odds, [each for each, _ in expected], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(np.diff(likelihoods), np.diff([of_steps[-1] for _, of_steps in expected]), rtol=1e-6)
+    together = module()._em(rows, starts, weight, last, tolerance=1e-3)[0]  # each stops at a step of its own
+    alone = [module()._em(rows, starts[i : i + 1], weight, last[i], tolerance=1e-3)[0][0] for i in range(5)]
+    np.testing.assert_allclose(together, alone, rtol=1e-6, atol=1e-9)
 
 
 def test_dead_dimensions_change_nothing():
@@ -188,7 +234,8 @@ def test_the_order_of_the_rows_changes_last_digits_at_most(seed):
 def test_many_blocks_give_what_one_gives():
     dump = relabelled(0.4)
     whole, defense = score(dump)
-    sys.modules[type(defense).__module__]._BLOCK = 64
+    small = {"_BLOCK": 64, "_DESIGNED": 48, "_ENTRIES": 1000}
+    vars(sys.modules[type(defense).__module__]).update(small)
     defense.fit(dump.features, dump.labels, dump.poison_fraction)
     np.testing.assert_allclose(defense.score_samples(dump.features, dump.logits), whole, rtol=LAST_DIGITS)
 
