@@ -44,7 +44,7 @@ _FINEST = 3  # components of a half, at most, once a class is suspected
 _SAME_SPLIT = 0.97  # two splits that agree on so many rows are one
 _BLOCK = 8192  # rows in float64 at a time
 _DESIGNED = 512  # rows of a design at a time: 561 numbers each, which then fit the processor's cache
-_ENTRIES = 2**22  # responsibilities at a time, in EM from many starts
+_ENTRIES = 2**21  # responsibilities at a time, in EM over all rows of a class
 
 # Weights of the evidence for "this half is poison". Found on the development dumps of analysis/dumps.yaml, and rounded;
 # twice or half of each changes little. Separation and likelihood mostly compare the splits of one class: natural classes
@@ -381,39 +381,40 @@ def _candidates(values, n_poisoned, apart=0.0):
     """
     n = len(values)
     sample = np.argsort(values[:, 0], kind="stable")[:: -(-n // _SEARCH_ROWS)] if n > _SEARCH_ROWS else np.arange(n)
-    few = _Rows(values[sample])
+    few = values[sample]
+    design = _Design(few)
     wanted = None if n_poisoned is None else round(n_poisoned * len(sample) / n)
-    starts = _starts(values[sample], wanted)
+    starts = _starts(few, wanted)
     if not starts:
         return []
-    _, parts, likelihoods = _em(few, 0.05 + 0.9 * np.array([[~start, start] for start in starts]), steps=_SHORT_RUN)
+    _, parts, likelihoods = _em(design, 0.05 + 0.9 * np.array([[~start, start] for start in starts]), steps=_SHORT_RUN)
     kept = []
     for second in parts[np.argsort(-likelihoods, kind="stable"), 1]:
         up = second > 0.5
         agreements = [np.mean(up == (other > 0.5)) for other in kept]
         if 0 < up.sum() < len(up) and all(1 - _SAME_SPLIT < agreement < _SAME_SPLIT for agreement in agreements):
             kept.append(second)
-    kept = np.array(kept[: _CANDIDATES if wanted is None else _CANDIDATES_TOLD]).reshape(-1, len(sample))
-    everywhere = kept if len(sample) == n else _carry_over(_Rows(values), few, kept)
-    halves = np.stack([everywhere > 0.5, everywhere <= 0.5], axis=1)
-    separation = [_separation(values, up) for up, _ in halves]
-    chosen = [i for i, gap in enumerate(separation) if gap > apart]
-    if not chosen:
+    if not kept:
         return []
-    gains = _held_out(few, np.stack([1 - kept, kept], axis=1)[chosen]) - _held_out(few, np.ones((1, 1, len(sample))))
-    return [
-        {
-            "parts": np.array([everywhere[i], 1 - everywhere[i]]),
-            "halves": halves[i],
-            "held_out": gain,
-            "separation": separation[i],
-        }
-        for i, gain in zip(chosen, gains, strict=True)
-    ]
+    kept = np.array(kept[: _CANDIDATES if wanted is None else _CANDIDATES_TOLD])
+    everywhere = kept if len(sample) == n else _carry_over(_Design(values), design, kept)
+    separation = np.array([_separation(values, second > 0.5) for second in everywhere])
+    wide = separation > apart
+    if not wide.any():
+        return []
+    kept, everywhere, separation = kept[wide], everywhere[wide], separation[wide]
+    gain = _held_out(few, np.stack([1 - kept, kept], axis=1)) - _held_out(few, np.ones((1, 1, len(sample))))
+    columns = {
+        "parts": np.stack([everywhere, 1 - everywhere], axis=1),
+        "halves": np.stack([everywhere > 0.5, everywhere <= 0.5], axis=1),
+        "held_out": gain,
+        "separation": separation,
+    }
+    return [dict(zip(columns, of_split, strict=True)) for of_split in zip(*columns.values(), strict=True)]
 
 
 def _separation(values, up):
-    """Distance of the means of two halves; none has no rows."""
+    """Distance of the means of two halves; -inf where one has no rows."""
     return np.linalg.norm(values[up].mean(axis=0) - values[~up].mean(axis=0)) if 0 < up.sum() < len(up) else -np.inf
 
 
@@ -442,11 +443,11 @@ def _two_means(along):
     return along > (ranked[cut] + ranked[cut + 1]) / 2
 
 
-class _Rows:
-    """A design of the rows of (n, k) values: a one, the coordinates and their products, (1 + k + k (k + 1) / 2, n).
+class _Design:
+    """Design matrix of (n, k) values: a one, the coordinates and their products of each row, (1 + k + k (k + 1) / 2, n).
 
     The weighted moments of any number of components are one product with it, their squared Mahalanobis distances another:
-    several times faster than a component at a time. Made some rows at a time, and kept where there are few.
+    for many components faster than one at a time. Made some rows at a time, and kept where there are few.
     """
 
     def __init__(self, values):
@@ -458,14 +459,14 @@ class _Rows:
         self._packed[self._first, self._second] = 1 + self.width + np.arange(len(self._first))
         self._packed[self._second, self._first] = self._packed[self._first, self._second]
         self._blocks = [slice(start, start + _DESIGNED) for start in range(0, self.n, _DESIGNED)]
-        self._kept = [self._design(block) for block in self._blocks] if self.n <= _BLOCK else None
+        self._kept = [self._columns(block) for block in self._blocks] if self.n <= _BLOCK else None
 
-    def _design(self, block):
+    def _columns(self, block):
         x = self._values[:, block]
         return np.concatenate([np.ones((1, x.shape[1])), x, x[self._first] * x[self._second]])
 
-    def _designs(self):
-        return zip(self._blocks, self._kept or map(self._design, self._blocks), strict=True)
+    def _by_block(self):
+        return zip(self._blocks, self._kept or map(self._columns, self._blocks), strict=True)
 
     def fit(self, weights, distances=None):
         """M step of m t components with weights (m, n), the covariance drawn to that of the other classes.
@@ -475,7 +476,7 @@ class _Rows:
         width = self.width
         prior = width + 2  # rows' worth of the identity: enough to be definite, little for a class of hundreds
         robust = weights if distances is None else weights * ((_DEGREES + width) / (_DEGREES + distances))
-        sums = sum(robust[:, block] @ design.T for block, design in self._designs())
+        sums = sum(robust[:, block] @ columns.T for block, columns in self._by_block())
         means = sums[:, 1 : width + 1] / (sums[:, :1] + 1e-12)
         scatter = sums[:, self._packed] - (sums[:, :1] * means)[:, :, None] * means[:, None, :]
         scatter[:, range(width), range(width)] += 0.5 * prior
@@ -491,7 +492,7 @@ class _Rows:
 
     def distances(self, form):
         """Squared Mahalanobis distances (m, n) from components."""
-        return np.concatenate([form @ design for _, design in self._designs()], axis=1)
+        return np.concatenate([form @ columns for _, columns in self._by_block()], axis=1)
 
 
 def _log_density(distances, log_volume, width):
@@ -499,18 +500,16 @@ def _log_density(distances, log_volume, width):
     return -0.5 * (_DEGREES + width) * np.log1p(distances / _DEGREES) - log_volume[:, None]
 
 
-def _log_densities(rows, fitted, weights, steps):
-    """(..., n): log-density of rows under components fitted to others, or the same, with weights (..., n of those)."""
-    distances, flat = None, weights.reshape(-1, weights.shape[-1])
-    for _ in range(steps):
-        form, log_volume = fitted.fit(flat, distances)
-        distances = fitted.distances(form)
-    if rows is not fitted:
-        distances = rows.distances(form)
-    return _log_density(distances, log_volume, rows.width).reshape(*weights.shape[:-1], -1)
+def _log_densities(design, fitted, weights, steps):
+    """(..., n): log-density of rows under components fitted to others with weights (..., n of those)."""
+    flat = weights.reshape(-1, fitted.n)
+    form, log_volume = fitted.fit(flat)
+    for _ in range(steps - 1):
+        form, log_volume = fitted.fit(flat, fitted.distances(form))
+    return _log_density(design.distances(form), log_volume, design.width).reshape(*weights.shape[:-1], -1)
 
 
-def _em(rows, parts, weight=None, last=1, steps=_LONG_RUN, tolerance=1e-6):
+def _em(design, parts, weight=None, last=1, steps=_LONG_RUN, tolerance=1e-6):
     """EM from the responsibilities (r, K, n) in r mixtures of K components each, the last ones of which are the poison.
 
     weight: of those together, free or given; last: how many they are, one number or (r,). Returns the log-odds of poison
@@ -528,9 +527,9 @@ def _em(rows, parts, weight=None, last=1, steps=_LONG_RUN, tolerance=1e-6):
             of_all = np.where(is_poison, weight, 1 - weight)
             poisoned = (shares * is_poison).sum(axis=1, keepdims=True)
             shares *= of_all / np.where(is_poison, poisoned, shares.sum(axis=1, keepdims=True) - poisoned)
-        form, log_volume = rows.fit(before.reshape(-1, parts.shape[2]), distances)
-        distances = rows.distances(form)
-        densities = _log_density(distances, log_volume, rows.width).reshape(before.shape) + np.log(shares)[:, :, None]
+        form, log_volume = design.fit(before.reshape(-1, parts.shape[2]), distances)
+        distances = design.distances(form)
+        densities = _log_density(distances, log_volume, design.width).reshape(before.shape) + np.log(shares)[:, :, None]
         total = np.logaddexp.reduce(densities, axis=1)
         parts[running] = np.exp(np.maximum(densities - total[:, None], _SMALLEST))
         likelihood = total.mean(axis=1)
@@ -546,24 +545,24 @@ def _em(rows, parts, weight=None, last=1, steps=_LONG_RUN, tolerance=1e-6):
     return log_odds, parts, likelihoods
 
 
-def _carry_over(rows, few, second):
-    """Responsibilities of the second component for all rows (r, n), from those for some."""
+def _carry_over(design, few, second):
+    """Responsibilities of the second component for all rows (r, n), from those for a few."""
     shares = np.clip(second.mean(axis=1), 1e-6, 1 - 1e-6)[:, None]
-    first, other = np.moveaxis(_log_densities(rows, few, np.stack([1 - second, second], axis=1), 3), 1, 0)
+    first, other = np.moveaxis(_log_densities(design, few, np.stack([1 - second, second], axis=1), 3), 1, 0)
     other = other + np.log(shares)
     return np.exp(other - np.logaddexp(first + np.log1p(-shares), other))
 
 
-def _held_out(rows, parts):
+def _held_out(values, parts):
     """(r,): mean log-likelihood of components with responsibilities (r, K, n), on the half of the rows not fitted to."""
-    folds, total = np.arange(parts.shape[2]) % 2, 0.0
+    folds, total = np.arange(len(values)) % 2, 0.0
     for fold in (0, 1):
-        seen = folds != fold
-        shares = np.clip(parts[:, :, seen].mean(axis=2), 1e-3, 1)
+        seen, weights = _Design(values[folds != fold]), parts[:, :, folds != fold]
+        shares = np.clip(weights.mean(axis=2), 1e-3, 1)
         shares /= shares.sum(axis=1, keepdims=True)
-        densities = _log_densities(rows, rows, parts * seen, 4) + np.log(shares)[:, :, None]
-        total = total + np.logaddexp.reduce(densities[:, :, ~seen], axis=1).sum(axis=1)
-    return total / parts.shape[2]
+        densities = _log_densities(_Design(values[folds == fold]), seen, weights, 4) + np.log(shares)[:, :, None]
+        total = total + np.logaddexp.reduce(densities, axis=1).sum(axis=1)
+    return total / len(values)
 
 
 def _average(values, splits, hypotheses, share):
@@ -573,34 +572,33 @@ def _average(values, splits, hypotheses, share):
     """
     strongest, alone = max(hypotheses)[0], len(hypotheses) == 1  # one stands for a class that is not suspected
     hypotheses = [h for h in hypotheses if h[0] - strongest > _NEGLIGIBLE]
-    rows = _Rows(values)
+    design = _Design(values)
     starts = [(np.roll(splits[index]["parts"], -1 - side, axis=0), 1) for _, index, side in hypotheses]
-    log_odds = _settle(rows, starts, share, steps=1 if alone else _LONG_RUN)  # the poison is the last
+    log_odds = _settle(design, starts, share, steps=1 if alone else _LONG_RUN)  # the poison is the last
     if not alone:
         ends = {}  # rows that are more likely poison than not -> hypotheses of two parts; many end in the same
         for i, (parts, _) in enumerate(starts):
             if len(parts) == 2:
                 ends.setdefault((log_odds[i] > 0).tobytes(), []).append(i)
-        finer = [_finer(values, log_odds[same[0]] > 0) for same in ends.values()]
-        refined = _settle(rows, [start for start in finer if len(start[0]) > 2], share)
-        for same, start in zip(ends.values(), finer, strict=True):
-            if len(start[0]) > 2:
-                log_odds[same] = refined[0]
-                refined = refined[1:]
+        finer = [(same, _finer(values, log_odds[same[0]] > 0)) for same in ends.values()]
+        finer = [(same, start) for same, start in finer if len(start[0]) > 2]
+        refined = _settle(design, [start for _, start in finer], share)
+        for (same, _), odds in zip(finer, refined, strict=True):
+            log_odds[same] = odds
     weights = np.array([evidence - strongest for evidence, _, _ in hypotheses])[:, None]
     yes, no = (np.logaddexp.reduce(weights - np.logaddexp(0, odds)) for odds in (-log_odds, log_odds))
     return yes - no
 
 
-def _settle(rows, starts, share, steps=_LONG_RUN):
+def _settle(design, starts, share, steps=_LONG_RUN):
     """Log-odds of poison (r, n) after EM from r starts: responsibilities (K, n), how many of the last are the poison's."""
-    log_odds = np.empty((len(starts), rows.n))
+    log_odds = np.empty((len(starts), design.n))
     for size in {len(parts) for parts, _ in starts}:
         alike = [i for i, (parts, _) in enumerate(starts) if len(parts) == size]
-        at_once = max(1, _ENTRIES // (size * rows.n))
+        at_once = max(1, _ENTRIES // (size * design.n))
         for some in (alike[at : at + at_once] for at in range(0, len(alike), at_once)):
             parts, last = (np.array(column) for column in zip(*(starts[i] for i in some), strict=True))
-            log_odds[some] = _em(rows, parts, share, last, steps)[0]
+            log_odds[some] = _em(design, parts, share, last, steps)[0]
     return log_odds
 
 

@@ -102,6 +102,18 @@ def test_a_class_that_explains_the_known_number_stands_alone():
     assert weaker[np.argsort(-scores, kind="stable")[: weaker.sum()]].mean() >= 0.99
 
 
+@pytest.mark.parametrize("poison_fraction", ["told", None])
+def test_a_large_class_without_any_split(poison_fraction):
+    """One class is so much tighter than the others that the identity describes it, and more rows than the search looks at."""
+    dump = relabelled(0.4, n=10000, classes=5, d=16)
+    features, tight = dump.features.copy(), dump.labels == 3
+    features[tight] = features[tight].mean(axis=0) + 0.01 * (features[tight] - features[tight].mean(axis=0))
+    assert tight.sum() > 1000
+    scores, defense = score(dump._replace(features=features), poison_fraction)
+    assert defense.suspected_classes_ == [0]
+    assert recall(dump, scores) >= 0.99
+
+
 def test_few_poisoned_rows():
     dump = with_fraction(planted(share=0.05, n=2000, classes=10))
     assert dump.poisoned.sum() == 10  # 0.5 % of all rows
@@ -194,13 +206,13 @@ def test_em_side_by_side_is_em_one_component_at_a_time(weight):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(120, 4)) + np.outer(rng.integers(0, 3, 120), [6, 0, 2, 0])
     starts, last = rng.dirichlet([0.3, 0.3, 0.3], size=(5, 120)).transpose(0, 2, 1), np.array([1, 2, 1, 2, 1])
-    rows = module()._Rows(values)
-    odds, _, likelihoods = module()._em(rows, starts, weight, last, steps=6, tolerance=0)
+    design = module()._Design(values)
+    odds, _, likelihoods = module()._em(design, starts, weight, last, steps=6, tolerance=0)
     expected = [em_one_component_at_a_time(values, *each, 6) for each in zip(starts, [weight] * 5, last, strict=True)]
     np.testing.assert_allclose(odds, [each for each, _ in expected], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(np.diff(likelihoods), np.diff([of_steps[-1] for _, of_steps in expected]), rtol=1e-6)
-    together = module()._em(rows, starts, weight, last, tolerance=1e-3)[0]  # each stops at a step of its own
-    alone = [module()._em(rows, starts[i : i + 1], weight, last[i], tolerance=1e-3)[0][0] for i in range(5)]
+    together = module()._em(design, starts, weight, last, tolerance=1e-3)[0]  # each stops at a step of its own
+    alone = [module()._em(design, starts[i : i + 1], weight, last[i], tolerance=1e-3)[0][0] for i in range(5)]
     np.testing.assert_allclose(together, alone, rtol=1e-6, atol=1e-9)
 
 
