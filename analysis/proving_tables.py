@@ -166,7 +166,8 @@ def ablation(records: list[dict]) -> str:
             cells.append("" if None in values or not values else f"{np.mean(values):.3f}, {min(values):.3f}")
         lines.append(f"| {name or '*all ingredients*'} | " + " | ".join(cells) + " |")
     earlier = sum(any(mark(found, key) for key in found["scored"] if key.startswith(f"{OWN} / ")) for found in records)
-    text = "\n".join([*lines, "", f"Dumps: {len(records)}."])
+    which = ", ".join(f"{found['dump']} ({found['seed']})" for found in records)
+    text = "\n".join([*lines, "", f"{len(records)} dumps: {which}."])
     return f"{text} On {earlier} of {len(records)} dumps by an earlier version of the file." if earlier else text
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from analysis.tasks import current_commit
 from stages.lib import device, params, runtime
 from stages.lib.torchvision_compat import import_torchvision
 from stages.lib.training import Architecture, Recipe, Trainer, draws
@@ -35,6 +36,7 @@ SETTINGS = {  # network -> benchmark setting, channels, classes
 }
 SIZE = 32
 WARM_UP_STEPS = 3
+N_IMAGES = {"cpu": 4096, "cuda": 50_000}  # few: an epoch would end every 30 ms on a GPU
 MATMUL_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
 
 
@@ -134,9 +136,9 @@ def plain(network: str, n: int, seconds: float) -> float:
     return time_steps(step, batches(), where, seconds)
 
 
-def matmul_peak(where: torch.device) -> float:
+def matmul_peak(how: device.Device) -> float:
     """Floating-point operations a second of the fastest of some square products, in the precision of the engine."""
-    dtype, best = torch.bfloat16 if where.type == "cuda" else torch.float32, 0.0
+    where, dtype, best = how.device, torch.bfloat16 if how.precision == "bf16" else torch.float32, 0.0
     for size in MATMUL_SIZES[where.type]:
         a = torch.randn(size, size, device=where, dtype=dtype)
         for _ in range(8):
@@ -190,20 +192,21 @@ def main() -> None:
     options.add_argument("--networks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=15.0, help="measured time of each contender in each round")
-    options.add_argument("--n", type=int, default=4096, help="images in the made-up data set")
-    options.add_argument("--out", type=Path, help="JSON file to write")
+    options.add_argument("--n", type=int, help="images in the made-up data set; default: 4096, on a GPU 50000")
+    options.add_argument("--out", type=Path, help="JSON file to write, after each network")
     options.add_argument("--contender", choices=("ours", "plain"), help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.contender:
         print(json.dumps(measure(args.contender, args.networks[0], args.n, args.seconds)))
         return
     how = device.decide(runtime.load())
-    peak = matmul_peak(how.device)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    args.n = args.n or N_IMAGES[how.device.type]
+    peak = matmul_peak(how)
+    commit = current_commit()
     found = {
         "conditions": how.describe() | {
             "python": platform.python_version(), "commit": commit, "date": time.strftime("%Y-%m-%d"),
-            "rounds": args.rounds, "seconds": args.seconds, "matmul_peak_tflops": peak / 1e12,
+            "rounds": args.rounds, "seconds": args.seconds, "n": args.n, "matmul_peak_tflops": peak / 1e12,
         },
         "networks": {},
     }  # fmt: skip
@@ -227,8 +230,8 @@ def main() -> None:
                 f"{memory:>11.0f}{ratio if name == 'plain' else 1:>8.2f}",
                 flush=True,
             )
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

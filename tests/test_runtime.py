@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from stages.lib import device, runtime
 
@@ -144,3 +145,19 @@ def test_a_gpu_compiles_only_with_a_compiler(monkeypatch, named, there, lacking)
 def test_a_gpu_compiles_only_with_triton(monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     assert device.what_compiling_lacks() == "triton is not installed"
+
+
+@pytest.mark.parametrize(("wish", "made_current"), [("auto", []), ("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_is_decided_on(monkeypatch, wish, made_current):
+    """Without one: what is asked of CUDA is answered, and everything else is torch's own."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    for flag in ("benchmark", "deterministic", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
+    found = device.decide(runtime.Runtime(wish))
+    assert (found.device, found.precision, current) == (
+        torch.device(wish.replace("auto", "cuda")), "bf16", made_current
+    )  # fmt: skip

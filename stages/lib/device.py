@@ -55,6 +55,8 @@ def decide(runtime: Runtime) -> Device:
         raise UserError(
             f"device {name!r} is not there ({str(error).splitlines()[0]}); set BACKDOOR_DEVICE=cpu or auto"
         ) from error
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs belong to the current device
     precision = runtime.precision
     if precision == "auto":
         precision = (
@@ -71,9 +73,9 @@ def decide(runtime: Runtime) -> Device:
         compile_ = runtime.compile == "on"
         why.append("compiled as asked" if compile_ else "not compiled as asked")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams and graphs belong to the current device
-        torch.backends.cudnn.benchmark = True  # shapes never change but for the last batch
-        torch.backends.cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
+        cudnn = torch.backends.cudnn
+        cudnn.benchmark, cudnn.deterministic = True, False  # shapes never change but for the last batch
+        cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
     else:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(available_cores())
