@@ -73,6 +73,8 @@ def main() -> int:
     if args.measure:
         print(json.dumps(measure(Path(args.measure[0]), args.measure[1])))
         return 0
+    from analysis.tasks import current_commit  # not in the process that is measured
+
     jobs = [(SIZE_OF_ALL, name) for name in args.defenses] + [(size, "whitened_mixture") for size in args.sizes]
     found = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -94,7 +96,13 @@ def main() -> int:
                 f"{size:>18} {name:<24}{row['seconds']:>9.1f} s{row['peak_memory_mb']:>8} MB  recall {row['recall']:.3f}",
                 flush=True,
             )
-    conditions = {"machine": platform.machine(), "python": platform.python_version(), "numpy": np.__version__}
+    conditions = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "commit": current_commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
     args.out.write_text(json.dumps({"conditions": conditions, "rows": found}, indent=1) + "\n")
     return 0
 
