@@ -72,6 +72,8 @@ def judge(dump: Dump, args) -> Verdict:
             raise UserError(
                 f"defense {args.defense} suspects class {label}; the classes are 0 to {dump.logits.shape[1] - 1}"
             )
+        if label not in dump.labels:
+            raise UserError(f"defense {args.defense} suspects class {label}, which has no rows")
     budget = (number or 0) if args.budget == AUTO else args.budget
     if not 0 <= budget < len(scores):
         raise UserError(f"the budget is to remove {budget} of {len(scores)} rows; expected 0 to {len(scores) - 1}")

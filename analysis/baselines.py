@@ -74,6 +74,8 @@ def files(cell: dict, parameters: str) -> dict[str, str | None]:
     """Content by path of what the cell's commit holds other than HEAD; None: not there."""
     for key in ("setting", "defense", "seed"):
         parameters = re.sub(rf"^{key}: .*$", lambda _, key=key: f"{key}: {cell[key]}", parameters, flags=re.MULTILINE)
+    budget = cell["conditions"]["parameters"]["filter"]["budget"]
+    parameters = re.sub(r"^(filter:\n  budget: )\S+", rf"\g<1>{budget}", parameters, count=1, flags=re.MULTILINE)
     metrics = json.dumps(cell["metrics"], indent=1) + "\n"
     return {"artifacts/metrics.json": metrics, "params.yaml": parameters, **plots(cell)}
 

@@ -38,6 +38,7 @@ def main() -> int:
     cells = [(s, d, k) for s in args.settings for k in args.seeds for d in args.defenses]
     try:
         grid.check_jobs(args.jobs)
+        grid.check_seeds(args.seeds)
         if not Path("dvc.yaml").exists():
             raise UserError("dvc.yaml is not there; run from the folder of the checkout")
         from analysis.export import export  # torch and scikit-learn, which neither --help nor a mistake needs

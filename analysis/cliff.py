@@ -152,7 +152,7 @@ def export(args) -> None:
     found["conditions"] = {"commit": current_commit()} | conditions
     path = args.out / args.setting / "cliff" / f"seed{args.seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(temporary, path)
     print(path)

@@ -57,13 +57,18 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
     digest = storage.digest(shared / "poison.h5")
     with storage.open_(cell / "scores.h5", "scores") as file:
         scores, about = file["scores"][:], dict(file.attrs)
+    with storage.open_(shared / "features.h5", "features") as file:
+        victim_of_features = file.attrs.get("checkpoint")
     with storage.open_(cell / "kept.h5", "kept_rows") as file:
         kept_rows, of_one_piece = file["rows"][:], about["index"] == file.attrs["index"] == digest
     if not of_one_piece:
         return None
-    found_metrics = json.loads((cell / "metrics.json").read_text())
+    found_metrics = read_json(cell / "metrics.json", "evaluate")
+    reference = read_json(shared / "reference.json", "evaluate_reference")
     paths = {"undefended": shared / "victim.pt", "oracle": shared / "oracle.pt", "retrained": cell / "retrained.pt"}
     models = {name: checkpoints.load(path) for name, path in paths.items()}
+    digests = {name: storage.digest(path) for name, path in paths.items()}
+    made_from = {"retrained": digests["retrained"], "reference": storage.digest(shared / "reference.json")}
     try:
         kept = ~filtered(scores, about)
     except UserError:  # the filter in params.yaml refuses this defense
@@ -73,6 +78,10 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
         and all(model.conditions["index"] == digest for model in models.values())
         and models["retrained"].conditions["rows"] == storage.digest_array(kept_rows)
         and metrics.of_filter(scores, kept, index.poisoned).items() <= found_metrics.items()
+        and found_metrics.pop("made_from", None) == made_from
+        and all(reference.get(name, {}).get("checkpoint") == digests[name] for name in ("undefended", "oracle"))
+        and victim_of_features == digests["undefended"]
+        and about.get("features") == storage.digest(shared / "features.h5")
     )
     wanted = params.setting(Path("params.yaml"), setting)
     if not of_one_piece:
@@ -118,16 +127,31 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
                 "filter": values["filter"],
             },
         },
-        "resources": {path.name.removesuffix(".resources.json"): json.loads(path.read_text()) for path in resources},
+        "resources": {path.name.removesuffix(".resources.json"): read_json(path, "--force") for path in resources},
     }
     path = folder / setting / defense / f"seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if dump:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, scores=scores, poisoned=index.poisoned, kept=kept)
+        os.replace(temporary, path.with_suffix(".npz"))
     temporary.write_text(as_text(found))
     os.replace(temporary, path)
-    if dump:
-        np.savez_compressed(path.with_suffix(".npz"), scores=scores, poisoned=index.poisoned, kept=kept)
     return path
+
+
+def read_json(path: Path, stage: str) -> dict:
+    """`UserError` for a file that is missing or damaged, with the stage that makes it again."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("no mapping")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; make it with `dvc repro {stage}`") from error
+    except (ValueError, RecursionError) as error:  # no JSON, not UTF-8
+        raise UserError(f"{path} is damaged ({error}); make it again with `dvc repro {stage}`") from error
+    return found
 
 
 def filtered(scores: np.ndarray, about: dict) -> np.ndarray:

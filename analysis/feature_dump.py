@@ -9,6 +9,7 @@ classes    optional, (C,) text: the name of each class
 HDF5 data sets are read in slices; an .npz file is read whole. Nothing is ever unpickled.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +119,11 @@ def _checked(path: Path, found: dict) -> Dump:
             f"to {n_classes - 1:,}"
         )
     files = _texts(path, "files", found.get("files"), len(labels))
+    if files and len(set(files)) < len(files):
+        name = max(files, key=Counter(files).get)
+        raise UserError(
+            f"{path}: files names {name!r} {files.count(name)} times; expected a name of its own for each row"
+        )
     return Dump(path, features, logits, labels, files, _texts(path, "classes", found.get("classes"), n_classes))
 
 

@@ -83,9 +83,7 @@ def choose(settings: list[str], defenses: list[str] | None, seeds: list[int], bu
         if not (budget.isdecimal() and budget.isascii()):
             raise UserError(f"--budget is {budget!r}; expected auto or a number of rows")
         budget = str(int(budget))  # without leading zeros, which name another file and mean another number in YAML
-    for seed in seeds:
-        if seed < 0:
-            raise UserError(f"seed {seed}: a seed is a whole number from 0")
+    check_seeds(seeds)
     rule = params.filter_(PARAMS).budget if budget is None else budget
     found = []
     for setting in dict.fromkeys(settings):
@@ -100,6 +98,10 @@ def choose(settings: list[str], defenses: list[str] | None, seeds: list[int], bu
         if listed.returncode:
             raise UserError(f"git does not know defenses/{name}.py, and cells run in a copy of what it knows: "
                             f"`git add defenses/{name}.py`")  # fmt: skip
+    names = [cell.name for cell in found]
+    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
+    if twice:
+        raise UserError(f"two cells would be named {twice[0]}: run their settings one after the other")
     if not found:
         raise UserError("no defense can run so; name some with --defenses, or give another --budget")
     return found
@@ -112,6 +114,12 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--budget", help="auto or a number of rows to remove; default: what params.yaml says")
     options.add_argument("--again", action="store_true", help="also cells whose result is there")
     options.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON files")
+
+
+def check_seeds(seeds: list[int]) -> None:
+    for seed in seeds:
+        if seed < 0:
+            raise UserError(f"seed {seed}: a seed is a whole number from 0")
 
 
 def check_jobs(jobs: int) -> None:

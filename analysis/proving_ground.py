@@ -12,6 +12,7 @@ what is there for the same dump, the same defense file and the same options is n
 """
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -143,7 +144,7 @@ def parameters(dump: Dump) -> Path:
             raise UserError(f"dump {dump.name}: setting {dump.setting} has no block {'.'.join(parents)}") from error
     path = dump.folder.parent / "params.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(yaml.safe_dump({**values, "settings": {dump.setting: block}}))
     try:
         wanted = params.setting(temporary, dump.setting)
@@ -309,7 +310,7 @@ def record(dump: Dump, jobs: list[tuple[str, str, str | None]], out: Path) -> tu
         found["share_of_class"] = float(poisoned.sum() / inside.sum()) if poisoned.any() else 0.0
         found["ceiling"] = ceiling(*arrays) if poisoned.any() else None
     for name, mode, ablation in jobs:
-        changes = json.dumps(ABLATIONS.get(ablation, {}), default=lambda made: made.__name__)
+        changes = json.dumps(ABLATIONS.get(ablation, {}), default=inspect.getsource)
         version = version_of(file_of(name), changes)
         key = key_of(name, mode, ablation)
         if found["scored"].get(key, {}).get("version") == version:
@@ -323,7 +324,7 @@ def record(dump: Dump, jobs: list[tuple[str, str, str | None]], out: Path) -> tu
         found["scored"][key] = {"version": version, "file": version_of(file_of(name)), **result}
         print(f"{dump.name} seed {dump.seed}: {key}: " + _line(result), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
         os.replace(temporary, path)
     return found, failed

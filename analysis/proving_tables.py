@@ -62,7 +62,9 @@ def version_of(file: Path, changes: str = "{}") -> str:
     for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
         if token.type in (tokenize.COMMENT, tokenize.NL):
             continue
-        if not (at_start and token.type == tokenize.STRING):
+        if token.type in (tokenize.INDENT, tokenize.DEDENT):
+            words.append(tokenize.tok_name[token.type])  # a DEDENT has no text, but ends a block
+        elif not (at_start and token.type == tokenize.STRING):
             words.append(token.string)
         at_start = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     return hashlib.sha256(("".join(words) + changes).encode()).hexdigest()[:16]

@@ -147,7 +147,7 @@ def _same_parameters(results: Results) -> None:
     for part, group in (
         ("setting", lambda key: key[:1]),
         ("defense", lambda key: key[:2]),
-        ("filter", lambda key: key[:2]),
+        ("filter", lambda key: key[:2] if ", " in key[1] else key[:1]),  # a budget of its own is in its name
     ):
         variants = defaultdict(lambda: defaultdict(list))
         for key, cell in results.cells.items():
@@ -160,6 +160,12 @@ def _same_parameters(results: Results) -> None:
                     del results.cells[key]
                     what = f"other parameters ({part}) than {_cell(usual[0])} and {len(usual) - 1} more; not used"
                     results.problems.append(Problem(_cell(key), what))
+    settings = {key[0]: cell["conditions"]["parameters"]["setting"] for key, cell in results.cells.items()}
+    for key, found in list(results.cliffs.items()):
+        if key[0] in settings and found["conditions"]["parameters"]["setting"] != settings[key[0]]:
+            del results.cliffs[key]
+            what = "other parameters (setting) than the cells of its setting; not used"
+            results.problems.append(Problem(found["name"], what))
 
 
 def _missing(results: Results) -> None:

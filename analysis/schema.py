@@ -80,6 +80,7 @@ CLIFF = {
     "seed": int,
     "n_poison": int,
     "points": [{"poison_left": int, "share_left": float, "asr": float, "clean_acc": float}],
+    "conditions": {"parameters": {"setting": dict}},
 }
 
 

@@ -47,4 +47,8 @@ def write_kept(path: Path, names: list[str], kept: np.ndarray) -> None:
 
 
 def _natural(name: str) -> list:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Parts in turn: numbers by their value (which `int` reads up to 4,300 digits only), then texts."""
+    return [
+        (len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() else (-1, part)
+        for part in re.split(r"(\d+)", name)
+    ]

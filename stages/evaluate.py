@@ -149,8 +149,9 @@ def main(args) -> None:
         [args.metrics, args.cell_metrics, *plots.values()], inputs, resources=args.resources
     ) as temporary:
         found, rows = measure(args)
-        for path in (args.metrics, args.cell_metrics):
-            temporary[path].write_text(json.dumps(found, indent=1) + "\n")
+        made_from = {"retrained": storage.digest(args.checkpoint), "reference": storage.digest(args.reference)}
+        for path, content in ((args.metrics, found), (args.cell_metrics, found | {"made_from": made_from})):
+            temporary[path].write_text(json.dumps(content, indent=1) + "\n")
         for name, path in plots.items():
             with open(temporary[path], "w", newline="") as file:
                 writer = csv.DictWriter(file, list(rows[name][0]), lineterminator="\n")
@@ -173,7 +174,7 @@ if __name__ == "__main__":
         "--metrics", type=Path, required=True, help="JSON file to write, the one that `dvc metrics` reads"
     )
     options.add_argument(
-        "--cell-metrics", type=Path, required=True, help="the same, kept beside the cell's other files"
+        "--cell-metrics", type=Path, required=True, help="the same beside the cell's other files, with their digests"
     )
     options.add_argument("--plots", type=Path, required=True, help="folder for the CSV files that `dvc plots` draws")
     stage.add_resources(options)

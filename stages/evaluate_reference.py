@@ -21,6 +21,7 @@ def main(args) -> None:
         for name, path in (("undefended", args.victim), ("oracle", args.oracle)):
             checkpoint = checkpoints.load_for(path, args.data, args.index, digests)
             found[name] = metrics.of_model(checkpoint, poisoned, where) | {
+                "checkpoint": storage.digest(path),
                 "history": checkpoint.history,
                 "runtime": checkpoint.conditions["runtime"],
                 "collapses": checkpoint.conditions["collapses"],

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.lib import attacks, export_folder, params, stage, storage, triggers
+from stages.lib.errors import UserError
 
 
 def summary(spec: params.Poison, labels: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
@@ -27,6 +28,24 @@ def summary(spec: params.Poison, labels: np.ndarray, arrays: dict[str, np.ndarra
     return text
 
 
+def check_test_images(goals: np.ndarray, poison: params.Poison, labels: np.ndarray, names: list[str]) -> None:
+    """Refuse, before anything is trained, test labels (M,) with which a goal (T, C) cannot be measured. With no test images
+    at all a defense can still be run: that is said only."""
+    targets = [getattr(poison, key) for key in ("target_label", "second_target_label") if hasattr(poison, key)]
+    if not len(goals):
+        return
+    if not len(labels):
+        print("no test images: clean accuracy and ASR cannot be measured, and `evaluate` will refuse")
+        return
+    for wanted in goals:
+        if not (wanted[labels] >= 0).any():
+            text = ", ".join(names[c] for c in np.flatnonzero(wanted >= 0)[:5])
+            raise UserError(f"no test image by which the ASR could be measured: add some of class {text}")
+    absent = [names[target] for target in targets if target not in labels]
+    if absent:
+        raise UserError(f"no test image of the target class {absent[0]}: add some, or choose another target")
+
+
 def main(args) -> None:
     def parameters():
         return params.setting(args.params, args.setting).poison
@@ -38,8 +57,9 @@ def main(args) -> None:
     with stage.Outputs([args.out], [args.data], parameters, args.resources) as temporary:
         with storage.open_(args.data, "dataset") as file:
             labels, shape = file["train/labels"][:], file["train/images"].shape[1:]
-            n_classes = len(json.loads(file.attrs["class_names"]))
-        arrays = attacks.plan(labels, n_classes, spec, args.seed)
+            test_labels, names = file["test/labels"][:], json.loads(file.attrs["class_names"])
+        arrays = attacks.plan(labels, len(names), spec, args.seed)
+        check_test_images(arrays["goals"], spec, test_labels, names)
         options = [dataclasses.asdict(trigger) for trigger in attacks.triggers(spec)]
         pictures = [triggers.picture(trigger, shape) for trigger in options]
         for trigger, picture in zip(options, pictures, strict=True):

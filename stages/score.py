@@ -36,9 +36,12 @@ def suspicions(name: str, defense) -> tuple[int | None, np.ndarray | None]:
     number, classes = (getattr(defense, word, None) for word in ("n_suspected_", "suspected_classes_"))
     try:
         number = None if number is None else operator.index(number)
-        return number, None if classes is None else np.array([operator.index(label) for label in classes], np.int64)
+        classes = None if classes is None else np.array([operator.index(label) for label in classes], np.int64)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"defense {name}: n_suspected_ or suspected_classes_ is no whole number ({error})") from error
+    if (number or 0) < 0 or (classes is not None and (classes < 0).any()):
+        raise UserError(f"defense {name}: n_suspected_ or suspected_classes_ is negative; expected counts and labels from 0")
+    return number, classes
 
 
 def main(args) -> None:

@@ -95,7 +95,14 @@ def cliff(folder: Path, setting="alpha", seed=1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(
-            {"schema_version": 1, "setting": setting, "seed": seed, "n_poison": 5, "points": points, "conditions": {}}
+            {
+                "schema_version": 1,
+                "setting": setting,
+                "seed": seed,
+                "n_poison": 5,
+                "points": points,
+                "conditions": {"parameters": {"setting": cell()["conditions"]["parameters"]["setting"]}},
+            }
         )
     )
     return path

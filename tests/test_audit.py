@@ -225,6 +225,27 @@ def test_lists(audit, tmp_path):
     assert kept == sorted((line["file"] for line in rows if line["removed"] == "no"), key=lambda f: int(f[7:-4]))
 
 
+def test_names_with_more_digits_than_a_number_may_have(tmp_path):
+    names = [f"{'1' * 5000}.png", "a10.png", "a9.png", "a009.png", f"{'9' * 4999}.png"]
+    suspects.write_kept(tmp_path / "kept.txt", names, np.ones(5, bool))
+    assert (tmp_path / "kept.txt").read_text().split() == [names[4], names[0], "a9.png", "a009.png", "a10.png"]
+
+
+def test_a_suspected_class_without_rows_is_refused(audit, tmp_path):
+    (tmp_path / "odd.py").write_text(
+        "class BackdoorDefense:\n"
+        "    RELIES_ON = ()\n"
+        "    def fit(self, features, labels, poison_fraction, **kwargs): return self\n"
+        "    def score_samples(self, features, logits):\n"
+        "        self.n_suspected_, self.suspected_classes_ = 1, [5]\n"
+        "        return features[:, 0].astype(float)\n"
+    )
+    arrays, _ = dump()
+    path = save(tmp_path / "mine.npz", {name: values[arrays["labels"] < 5] for name, values in arrays.items()})
+    ended = audit(path, "--defense", tmp_path / "odd.py")
+    assert ended.status == 1 and "suspects class 5, which has no rows" in ended.err and ended.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(1)"])
 def test_no_cell_is_a_formula(tmp_path, name):
     suspects.write_csv(tmp_path / "s.csv", [name], [name], [name], np.zeros(1), np.zeros(1, bool))
@@ -368,6 +389,7 @@ def test_the_page_of_a_class_with_equal_scores_or_one_row():
         ({"labels": np.arange(N), "logits": np.zeros((N, N), np.float32)}, "1,500 classes with 1,500 images"),
         ({"files": ["a"] * (N - 1)}, f"files has {N - 1:,} rows"),
         ({"files": ["a\nb"] * N}, "holds control characters"),
+        ({"files": [f"{row // 2}.png" for row in range(N)]}, "files names '0.png' 2 times"),
         ({"classes": ["a"] * 3}, "classes has shape (3,); expected (6,)"),
     ],
 )

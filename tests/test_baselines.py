@@ -64,6 +64,8 @@ def test_baselines_touch_nothing_and_are_what_dvc_compares(clone):
         assert json.loads(run(clone, "git", "show", f"{tag}:artifacts/metrics.json")) == content["metrics"]
         parameters = run(clone, "git", "show", f"{tag}:params.yaml").splitlines()
         assert {f"{key}: {content[key]}" for key in ("setting", "defense", "seed")} <= set(parameters)
+        budget = content["conditions"]["parameters"]["filter"]["budget"]
+        assert any(line.startswith(f"  budget: {budget} #") for line in parameters)
     assert "0 of them new or moved" in baselines(clone), "a second run changes nothing"
 
     diff = [sys.executable, "-m", "dvc", "metrics", "diff", "--no-path"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,24 @@ def test_computes_exports_and_resumes(clone):
             assert status == 2 and "open" in output, "figures never stand beside parameters they were not made with"
     path.write_text(before)
 
+    for name, told in (
+        ("random_filter/metrics.json", "retrained"),
+        ("random_filter/metrics.json", "reference"),
+        ("reference.json", "checkpoint"),
+    ):
+        file = clone.folder / "artifacts/tiny/seed1" / name
+        whole = file.read_text()
+        file.write_text(re.sub(rf'("{told}": ")\w{{64}}"', rf'\g<1>{"0" * 64}"', whole))
+        assert file.read_text() != whole
+        status, output = run(clone, "--defenses", "random_filter", "--export-only")
+        assert status == 2 and "open" in output, "figures never stand beside models they were not measured on"
+        file.write_text(whole[:40])
+        status, output = run(clone, "--defenses", "random_filter", "--export-only")
+        assert status == 1 and output.count("\n") == 1 and f"{name} is damaged" in output
+        file.write_text(whole)
+    status, output = run(clone, "--defenses", "random_filter", "--export-only")
+    assert status == 0 and "cell" in output
+
     scores = clone.folder / "artifacts/tiny/seed1/random_filter/scores.h5"
     scores.write_bytes(scores.read_bytes() + b"x")
     status, output = run(clone, "--defenses", "random_filter")
@@ -82,7 +101,8 @@ def test_mistakes_are_told_before_work_begins(clone):
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["--jobs", "0"], "--jobs is 0; expected 1 or more"), ([], "dvc.yaml is not there; run from the folder of the")],
+    [(["--jobs", "0"], "--jobs is 0; expected 1 or more"), (["--seeds", "-1"], "seed -1: a seed is a whole number"),
+      ([], "dvc.yaml is not there; run from the folder of the")],
 )
 def test_a_mistake_outside_a_checkout_is_one_line(tmp_path, words, told):
     done = subprocess.run(

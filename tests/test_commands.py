@@ -198,7 +198,9 @@ def test_metrics(chain):
     ]  # fmt: skip
     assert found["cell"] == "tiny/spectral_signature/seed3"
     assert all(type(value) in (int, float) for key, value in found.items() if key != "cell")
-    assert (chain.folder / "a/cell.json").read_bytes() == (chain.folder / "a/metrics.json").read_bytes()
+    made_from = {"retrained": "retrained.pt", "reference": "reference.json"}
+    made_from = {name: storage.digest(chain.folder / "a" / file) for name, file in made_from.items()}
+    assert json.loads((chain.folder / "a/cell.json").read_text()) == found | {"made_from": made_from}
 
 
 def test_metrics_follow_from_the_files(chain):
@@ -363,6 +365,7 @@ def test_what_a_defense_suspects_is_stored(chain, tmp_path):
         assert file.attrs["relies_on"] == "[]"
     for text, expected in (
         ("n=many", "no whole number"),
+        ("n=-1", "is negative"),
         ("n=[", "not valid YAML"),
         ("n", "expected KEY=VALUE"),
         ("k=1", "no option k"),

@@ -257,7 +257,25 @@ def test_a_folder_that_changes_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(image_folder, "read_resized", adding)
     assert "changed while it was read: nothing was written" in refusal(root, tmp_path)
-    assert not (tmp_path / "data.h5").exists()
+
+
+def test_a_folder_that_changes_while_the_data_set_is_written(tmp_path, monkeypatch):
+    root, plain = fill(tmp_path / "own"), own_data._write
+
+    def adding(*args):
+        plain(*args)
+        picture((9, 9)).save(root / "train/dog/late.png")
+
+    monkeypatch.setattr(own_data, "_write", adding)
+    assert "changed while it was read: nothing was written" in refusal(root, tmp_path)
+
+
+def test_a_validation_folder_is_left_out_and_that_is_said(tmp_path):
+    root = fill(tmp_path / "own")
+    (root / "val/dog").mkdir(parents=True)
+    picture((9, 9)).save(root / "val/dog/a.png")
+    spec = params.Data(source="folder", path=str(root))
+    assert any("val is left out" in line for line in own_data.write(spec, root, tmp_path / "data.h5"))
 
 
 # NumPy archives

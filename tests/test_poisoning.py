@@ -700,3 +700,34 @@ def test_poison_refuses(command, write_params, tmp_path, poison, words):
     ended = command("poison", *given, cwd=tmp_path)
     assert ended.status == 1 and ended.err.count("\n") == 1 and words in ended.err
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("poison", "test_labels", "words"),
+    [
+        ({"target_label": 0}, [0, 0], "no test image by which the ASR could be measured: add some of class b, c"),
+        ({"target_label": 0}, [1, 2], "no test image of the target class a: add some"),
+        (
+            {"attack": "source_specific", "source_label": 2, "target_label": 0, "cover_ratio": 1.0},
+            [0, 1],
+            "no test image by which the ASR could be measured: add some of class c",
+        ),
+        ({"target_label": 0}, [], None),
+        ({"target_label": 0}, [0, 2], None),
+    ],
+)
+def test_test_images_that_cannot_tell_are_refused_before_any_training(
+    command, write_params, tmp_path, poison, test_labels, words
+):
+    arrays = {}
+    for part, labels in (("train", np.repeat([0, 1, 2], 10)), ("test", np.array(test_labels, np.int64))):
+        arrays |= {f"{part}/images": np.zeros((len(labels), 4, 4, 1), np.uint8), f"{part}/labels": labels}
+    about = {"class_names": json.dumps(["a", "b", "c"]), "mean": [0.5], "std": [0.5], "pad_to": 4}
+    storage.write(tmp_path / "data.h5", "dataset", arrays, about)
+    write_params(tmp_path / "params.yaml", three={"poison": {"poison_fraction": 0.1} | poison})
+    given = ["--setting", "three", "--seed", 0, "--data", "data.h5", "--out", "out/poison.h5"]
+    ended = command("poison", *given, cwd=tmp_path)
+    if words:
+        assert ended.status == 1 and ended.err.count("\n") == 1 and words in ended.err
+    else:
+        assert ended.status == 0 and ("no test images: clean accuracy and ASR" in ended.out) == (not test_labels)

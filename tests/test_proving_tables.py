@@ -91,6 +91,10 @@ def test_comments_and_docstrings_make_no_version(tmp_path):
         path = tmp_path / f"{number}.py"
         path.write_text(text.replace(old, new))
         versions.add(proving_tables.version_of(path))
+    inside, outside = ("for x in y:\n    t += x\n    t *= 2\n", "for x in y:\n    t += x\nt *= 2\n")
+    for path, loop in ((tmp_path / "inside.py", inside), (tmp_path / "outside.py", outside)):
+        path.write_text(loop)
+    assert proving_tables.version_of(tmp_path / "inside.py") != proving_tables.version_of(tmp_path / "outside.py")
     path = tmp_path / "same.py"
     path.write_text(text)
     assert len(versions) == 4 and proving_tables.version_of(path) in versions

@@ -87,6 +87,27 @@ def test_cells_of_other_parameters_are_not_averaged(tmp_path):
     assert "other parameters (setting)" in problems(tmp_path)["alpha/one/seed3"]
 
 
+def test_defenses_with_other_budgets_are_not_compared(tmp_path):
+    for defense in ("one", "two", "three"):
+        content = cell(defense=defense)
+        if defense == "three":
+            content["conditions"]["parameters"]["filter"]["budget_multiplier"] = 10.0
+        write(tmp_path, content)
+    assert results.read(tmp_path).defenses("alpha") == ["one", "two"]
+    assert "other parameters (filter)" in problems(tmp_path)["alpha/three/seed1"]
+
+
+def test_a_cliff_of_other_parameters_is_not_drawn(tmp_path):
+    write(tmp_path, cell())
+    path = cliff(tmp_path)
+    assert results.read(tmp_path).cliffs
+    content = json.loads(path.read_text())
+    content["conditions"]["parameters"]["setting"]["train"]["epochs"] = 99
+    path.write_text(json.dumps(content))
+    assert not results.read(tmp_path).cliffs
+    assert "other parameters (setting)" in problems(tmp_path)["alpha/cliff/seed1"]
+
+
 def test_references_that_disagree_are_left_out(tmp_path):
     write(tmp_path, cell(defense="one", oracle=(0.95, 0.0)))
     write(tmp_path, cell(defense="two", oracle=(0.90, 0.0)))

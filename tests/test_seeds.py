@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_pipeline import LEFT, RIGHT, Clone
@@ -115,6 +116,19 @@ def test_a_budget_with_leading_zeros_is_the_same_budget():
     assert [cell.name for cell in grid.choose(["quick"], ["random_filter"], [1, 1], "072")] == [
         "quick-random_filter-seed1-budget72"
     ]
+
+
+def test_two_cells_of_one_name_are_refused(monkeypatch, refuses):
+    names = ["clean-x", "x"]
+    values = {"settings": {}, "defenses": {name: {} for name in names}, "filter": {"budget": "fraction"}}
+    monkeypatch.setattr(grid.params, "read", lambda path: values)
+    poisoned = SimpleNamespace(poison=SimpleNamespace(poison_fraction=0.1))
+    monkeypatch.setattr(grid.params, "setting", lambda path, name: poisoned)
+    monkeypatch.setattr(grid.params, "filter_", lambda path: SimpleNamespace(budget="fraction"))
+    monkeypatch.setattr(grid, "eligible", lambda *words, **others: names)
+    monkeypatch.setattr(grid.subprocess, "run", lambda *words, **others: SimpleNamespace(returncode=0))
+    with refuses("two cells would be named quick-clean-x-seed1"):
+        grid.choose(["quick", "quick-clean"], None, [1], None)
 
 
 def test_which_defenses_can_run_where_nothing_is_poisoned(capsys):

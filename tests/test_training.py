@@ -372,19 +372,19 @@ def test_three_collapses_end_in_one_line():
 
 
 @pytest.mark.parametrize(
-    "counts, n_classes, floor",
+    "counts, n_classes, early, late",
     [
-        ([100] * 10, 10, 0.2),  # balanced: twice chance
-        ([595] + [95] * 99, 100, 595 / 10000 + 0.02 * (1 - 595 / 10000)),  # CIFAR-100 with 5 % poison: 2/C is 0.02
-        ([50, 50], 2, 0.51),  # 2/C would ask for 1.0
-        ([90, 10], 2, 0.902),
+        ([100] * 10, 10, 0.2, 0.2),  # balanced: twice chance
+        ([595] + [95] * 99, 100, *[595 / 10000 + 0.02 * (1 - 595 / 10000)] * 2),  # CIFAR-100, 5 % poison: 2/C is 0.02
+        ([50, 50], 2, 0.51, 0.51),  # 2/C would ask for 1.0
+        ([90, 10], 2, 0.5, 0.902),  # the larger class is learnt first
     ],
 )
-def test_collapse_floor(counts, n_classes, floor):
+def test_collapse_floor(counts, n_classes, early, late):
     labels = np.repeat(np.arange(len(counts)), counts)
-    found = training.collapse_accuracy(labels, n_classes)
-    assert found == pytest.approx(floor, abs=1e-12)
-    assert found > max(counts) / sum(counts), "a constant answer must count as a collapse"
+    assert training.collapse_accuracy(labels, n_classes, at_the_end=False) == pytest.approx(early, abs=1e-12)
+    assert training.collapse_accuracy(labels, n_classes, at_the_end=True) == pytest.approx(late, abs=1e-12)
+    assert late > max(counts) / sum(counts), "a constant answer must count as a collapse in the end"
 
 
 def test_collapse_is_judged_after_a_tenth_but_not_before_the_fifth_epoch():

@@ -189,7 +189,7 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
 def _decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     height, width, channels = shape
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             size, mode = image.size, image.mode
             if size == (width, height) and not mode.startswith(("I", "F")):
                 return np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(shape)

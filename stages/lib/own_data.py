@@ -77,7 +77,7 @@ def write(spec: params.Data, source: Path, out: Path) -> list[str]:
     size = spec.image_size or DEFAULT_IMAGE_SIZE
     skipped: dict[str, str] = {}
     if spec.source == "folder":
-        class_names, splits, notes = _read_folder(source, size, out.parent, skipped)
+        class_names, splits, notes, check_unchanged = _read_folder(source, size, out.parent, skipped)
     else:
         class_names, splits, notes = _read_npz(source, size, out.parent, skipped)
     train, test = splits["train"], splits.get("test")
@@ -89,6 +89,8 @@ def write(spec: params.Data, source: Path, out: Path) -> list[str]:
         chosen = _held_out(np.array(train.labels), rows["train"][1], spec.test_fraction or 0)
         rows = {"train": (train, rows["train"][1][~chosen]), "test": (train, rows["train"][1][chosen])}
     _write(out, rows, channels, class_names, skipped)
+    if spec.source == "folder":
+        check_unchanged()  # not before: DVC looks at the folder after the stage, and takes what it sees for what was read
     notes += _notes(spec, rows, class_names, channels, size, held_out=test is None)
     if skipped:
         notes.append(f"{len(skipped)} entries skipped, neither trained on nor scored:")
@@ -129,10 +131,6 @@ def _read_folder(source: Path, size: int, spool: Path, skipped: dict[str, str]):
             raise UserError(f"{source / name / unknown[0]} is no class of {source / 'train'}: remove it or rename it")
         skipped |= listing.skipped
         splits[name] = _Spool(size, spool).fill(_folder_rows(listing, class_names, size, name), skipped)
-    for name, listing in listings.items():
-        again = image_folder.scan(source, split if name == "train" else "test")
-        if again.files != listing.files or again.state() != before[name]:
-            raise UserError(f"{source} changed while it was read: nothing was written; run it again")
     present = set(splits["train"].labels)
     for label, name in enumerate(class_names):
         if label not in present:
@@ -141,7 +139,16 @@ def _read_folder(source: Path, size: int, spool: Path, skipped: dict[str, str]):
                 f"{source / split / name} holds no image that can be read, e.g. {first} ({skipped[first]}): remove the "
                 "folder or replace the files"
             )
-    return class_names, splits, []
+
+    def check_unchanged() -> None:
+        for name, listing in listings.items():
+            again = image_folder.scan(source, split if name == "train" else "test")
+            if again.files != listing.files or again.state() != before[name]:
+                raise UserError(f"{source} changed while it was read: nothing was written; run it again")
+
+    others = [name for name in ("val", "valid", "validation") if split and (source / name).is_dir()]
+    notes = [f"{source / name} is left out: neither trained on nor scored" for name in others]
+    return class_names, splits, notes, check_unchanged
 
 
 def _folder_rows(listing: image_folder.Listing, class_names, size: int, title: str) -> Iterator[Row]:

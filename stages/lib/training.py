@@ -217,7 +217,7 @@ class Trainer:
         if not math.isfinite(last["loss"]):
             raise Collapse(f"loss {last['loss']} in epoch {self.epoch}")
         if self.epoch in (collapse_epoch(self.recipe.epochs), max(self.recipe.epochs, 5)):
-            floor = collapse_accuracy(self.labels.cpu().numpy(), self.n_classes)
+            floor = collapse_accuracy(self.labels.cpu().numpy(), self.n_classes, self.epoch == self.recipe.epochs)
             if last["accuracy"] < floor:
                 raise Collapse(f"training accuracy {last['accuracy']:.3f} under {floor:.3f} after epoch {self.epoch}")
 
@@ -244,14 +244,16 @@ def collapse_epoch(epochs: int) -> int:
     return max(math.ceil(epochs / 10), 5)
 
 
-def collapse_accuracy(labels: np.ndarray, n_classes: int) -> float:
+def collapse_accuracy(labels: np.ndarray, n_classes: int, at_the_end: bool) -> float:
     """Training accuracy under which a training has collapsed: twice chance, and more than the largest class gives.
 
     The second matters where poison swells the target class (5 % of CIFAR-100 make it 6 % of the rows: a constant answer
-    is right three times as often as 2/C). At most 1/2 from the first, so that it stays a sign of collapse for C < 4.
+    is right three times as often as 2/C). A class with most of the rows is learnt first, with the others still to come: so
+    it counts at the end alone. At most 1/2 from the first, so that it stays a sign of collapse for C < 4.
     """
     majority = np.bincount(labels).max() / len(labels)
-    return max(min(2 / n_classes, 0.5), majority + 0.02 * (1 - majority))
+    floor = min(2 / n_classes, 0.5)
+    return max(floor, majority + 0.02 * (1 - majority)) if at_the_end or majority <= 0.5 else floor
 
 
 @dataclass(frozen=True)
