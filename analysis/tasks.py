@@ -176,9 +176,12 @@ class Runner:
 
 
 def current_commit() -> str | None:
-    """None where there is no checkout, or no git."""
+    """What HEAD is called, with `-dirty` where a tracked file differs that is no output. None: no checkout, or no git."""
+    outputs = [f":(exclude){path}" for path in ("artifacts", "results", "dvc.lock")]
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", *outputs], capture_output=True)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    commit = done.stdout.strip()
+    return f"{commit}-dirty" if commit and changed.returncode else commit or None
