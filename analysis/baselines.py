@@ -4,8 +4,8 @@
     dvc metrics diff baseline/quick/random_filter/seed42 baseline/quick/spectral_signature/seed42
 
 Nothing is trained. Each tag holds a commit on top of HEAD whose tree is that of HEAD, but for `artifacts/metrics.json`,
-`artifacts/plots` and the three words of the cell in `params.yaml`. It is made of git's plumbing: work tree, index and
-branches are left alone. Run again, it makes the same commits; after a new commit it moves the tags there.
+`artifacts/plots` and, in `params.yaml`, the three words of the cell and its filter. It is made of git's plumbing: work
+tree, index and branches are left alone. Run again, it makes the same commits; after a new commit it moves the tags there.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import yaml
 
 from analysis import results
 from stages.lib.errors import UserError
@@ -74,8 +76,17 @@ def files(cell: dict, parameters: str) -> dict[str, str | None]:
     """Content by path of what the cell's commit holds other than HEAD; None: not there."""
     for key in ("setting", "defense", "seed"):
         parameters = re.sub(rf"^{key}: .*$", lambda _, key=key: f"{key}: {cell[key]}", parameters, flags=re.MULTILINE)
-    budget = cell["conditions"]["parameters"]["filter"]["budget"]
-    parameters = re.sub(r"^(filter:\n  budget: )\S+", rf"\g<1>{budget}", parameters, count=1, flags=re.MULTILINE)
+    wanted = cell["conditions"]["parameters"]["filter"]
+
+    def set_filter(block: re.Match) -> str:
+        text = block[0]
+        for key, value in wanted.items():
+            text = re.sub(rf"^(\s+{key}: *)\S+", rf"\g<1>{value}", text, flags=re.MULTILINE)
+        return text
+
+    parameters = re.sub(r"^filter:.*?(?=^\S|\Z)", set_filter, parameters, flags=re.MULTILINE | re.DOTALL)
+    if yaml.safe_load(parameters).get("filter") != wanted:
+        raise UserError(f"the block filter of params.yaml cannot be given the values of {cell['name']}: {wanted}")
     metrics = json.dumps(cell["metrics"], indent=1) + "\n"
     return {"artifacts/metrics.json": metrics, "params.yaml": parameters, **plots(cell)}
 

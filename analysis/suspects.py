@@ -47,8 +47,8 @@ def write_kept(path: Path, names: list[str], kept: np.ndarray) -> None:
 
 
 def _natural(name: str) -> list:
-    """Parts in turn: numbers by their value (which `int` reads up to 4,300 digits only), then texts."""
+    """Texts as they are, numbers between them by their value; `int` would read 4,300 digits at most."""
     return [
-        (len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() else (-1, part)
-        for part in re.split(r"(\d+)", name)
+        (len(part.lstrip("0")), part.lstrip("0")) if number % 2 else (-1, part)
+        for number, part in enumerate(re.split(r"([0-9]+)", name))
     ]

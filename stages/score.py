@@ -40,7 +40,9 @@ def suspicions(name: str, defense) -> tuple[int | None, np.ndarray | None]:
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"defense {name}: n_suspected_ or suspected_classes_ is no whole number ({error})") from error
     if (number or 0) < 0 or (classes is not None and (classes < 0).any()):
-        raise UserError(f"defense {name}: n_suspected_ or suspected_classes_ is negative; expected counts and labels from 0")
+        raise UserError(
+            f"defense {name}: n_suspected_ or suspected_classes_ is negative; expected counts and labels from 0"
+        )
     return number, classes
 
 

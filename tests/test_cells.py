@@ -40,7 +40,9 @@ def test_computes_exports_and_resumes(clone):
         found = json.loads((clone.folder / f"results/tiny/{defense}/seed1.json").read_text())
         assert found["metrics"]["cell"] == f"tiny/{defense}/seed1"
         assert found["conditions"]["runtime"]["retrained"]["precision"] == "fp32"
-        assert found["conditions"]["commit"] == clone.git("describe", "--always").strip(), "outputs make no commit dirty"
+        assert found["conditions"]["commit"] == clone.git("describe", "--always").strip(), (
+            "outputs make no commit dirty"
+        )
         assert found["conditions"]["parameters"]["setting"]["train"]["epochs"] == 1
         assert {"victim", "oracle", "retrained", "score"} <= set(found["resources"])
 
@@ -102,8 +104,11 @@ def test_mistakes_are_told_before_work_begins(clone):
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["--jobs", "0"], "--jobs is 0; expected 1 or more"), (["--seeds", "-1"], "seed -1: a seed is a whole number"),
-      ([], "dvc.yaml is not there; run from the folder of the")],
+    [
+        (["--jobs", "0"], "--jobs is 0; expected 1 or more"),
+        (["--seeds", "-1"], "seed -1: a seed is a whole number"),
+        ([], "dvc.yaml is not there; run from the folder of the"),
+    ],
 )
 def test_a_mistake_outside_a_checkout_is_one_line(tmp_path, words, told):
     done = subprocess.run(

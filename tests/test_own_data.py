@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.lib import export_folder, image_folder, own_data, params, storage
+from stages.lib import export_folder, image_folder, own_data, params, stage, storage
 from stages.lib.errors import UserError
 
 
@@ -268,6 +268,10 @@ def test_a_folder_that_changes_while_the_data_set_is_written(tmp_path, monkeypat
 
     monkeypatch.setattr(own_data, "_write", adding)
     assert "changed while it was read: nothing was written" in refusal(root, tmp_path)
+    out, spec = tmp_path / "out/data.h5", params.Data(source="folder", path=str(root))
+    with pytest.raises(UserError, match="changed"), stage.Outputs([out], []) as temporary:
+        own_data.write(spec, root, temporary[out])
+    assert not list(out.parent.iterdir())
 
 
 def test_a_validation_folder_is_left_out_and_that_is_said(tmp_path):

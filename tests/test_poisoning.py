@@ -712,6 +712,16 @@ def test_poison_refuses(command, write_params, tmp_path, poison, words):
             [0, 1],
             "no test image by which the ASR could be measured: add some of class c",
         ),
+        (
+            {
+                "attack": "two_targets",
+                "second_trigger": {"name": "badnets", "corner": "bottom_left"},
+                "target_label": 0,
+                "second_target_label": 1,
+            },
+            [0, 2],
+            "no test image of the target class b: add some",
+        ),
         ({"target_label": 0}, [], None),
         ({"target_label": 0}, [0, 2], None),
     ],
