@@ -86,7 +86,8 @@ def write(folder: Path, content: dict, name: str | None = None) -> Path:
     return path
 
 
-def cliff(folder: Path, setting="alpha", seed=1) -> Path:
+def cliff(folder: Path, setting="alpha", seed=1, of=None) -> Path:
+    """of: a cell whose setting has the parameters that the cliff is of."""
     points = [
         {"poison_left": left, "share_left": left / 5, "asr": asr, "clean_acc": 0.9}
         for left, asr in ((0, 0.0), (2, 0.4), (5, 1.0))
@@ -101,7 +102,7 @@ def cliff(folder: Path, setting="alpha", seed=1) -> Path:
                 "seed": seed,
                 "n_poison": 5,
                 "points": points,
-                "conditions": {"parameters": {"setting": cell()["conditions"]["parameters"]["setting"]}},
+                "conditions": {"parameters": {"setting": (of or cell())["conditions"]["parameters"]["setting"]}},
             }
         )
     )

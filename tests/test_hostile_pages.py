@@ -97,11 +97,11 @@ def report(folder, words) -> str:
         parameters["setting"]["poison"]["trigger"]["name"] = device
         parameters["defense"] = {"option": wrong}
         made_results.write(folder, cell)
-    made_results.cliff(folder, setting, 1)
+    made_results.cliff(folder, setting, 1, of=cell)
     made_results.write(folder, made_results.cell(setting, f"{defense}2") | {"schema_version": wrong})
     made_results.write(folder, made_results.cell(setting, f"{defense}3"), name="seed9.json")
     found = results.read(folder)
-    assert len(found.cells) == 2 and len(found.problems) == 2
+    assert len(found.cells) == 2 and len(found.cliffs) == 1 and len(found.problems) == 2
     return report_html.page(found)
 
 
