@@ -119,11 +119,9 @@ def _checked(path: Path, found: dict) -> Dump:
             f"to {n_classes - 1:,}"
         )
     files = _texts(path, "files", found.get("files"), len(labels))
-    if files and len(set(files)) < len(files):
-        name = max(files, key=Counter(files).get)
-        raise UserError(
-            f"{path}: files names {name!r} {files.count(name)} times; expected a name of its own for each row"
-        )
+    name, times = Counter(files).most_common(1)[0] if files else ("", 0)
+    if times > 1:
+        raise UserError(f"{path}: files names {name!r} {times} times; expected a name of its own for each row")
     return Dump(path, features, logits, labels, files, _texts(path, "classes", found.get("classes"), n_classes))
 
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,12 +99,11 @@ def choose(settings: list[str], defenses: list[str] | None, seeds: list[int], bu
         if listed.returncode:
             raise UserError(f"git does not know defenses/{name}.py, and cells run in a copy of what it knows: "
                             f"`git add defenses/{name}.py`")  # fmt: skip
-    names = [cell.name for cell in found]
-    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
-    if twice:
-        raise UserError(f"two cells would be named {twice[0]}: run their settings one after the other")
     if not found:
         raise UserError("no defense can run so; name some with --defenses, or give another --budget")
+    name, times = Counter(cell.name for cell in found).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"two cells would be named {name}: run their settings one after the other")
     return found
 
 
