@@ -11,12 +11,12 @@ much recall is enough. k = 0 is the oracle filter's model and k = n_poison the v
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 from pathlib import Path
 
 import numpy as np
 
+from analysis.files import write_whole
 from analysis.tasks import Runner, Task, current_commit, tasks_of
 from stages.lib import checkpoints, device, metrics, params, runtime, stage, storage
 from stages.lib.errors import UserError
@@ -151,10 +151,7 @@ def export(args) -> None:
         raise UserError(f"{made} was made with other parameters than those of {args.params}; make it again")
     found["conditions"] = {"commit": current_commit()} | conditions
     path = args.out / args.setting / "cliff" / f"seed{args.seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(found, indent=1) + "\n")
     print(path)
 
 

@@ -13,8 +13,8 @@ conditions   commit, versions, device, parameters;  resources: seconds and peak 
 """
 
 import importlib.metadata
+import io
 import json
-import os
 import platform
 import re
 import sys
@@ -25,6 +25,7 @@ import h5py
 import numpy as np
 
 import defenses
+from analysis.files import write_whole
 from analysis.made_with import difference
 from analysis.schema import SCHEMA_VERSION
 from stages import evaluate
@@ -133,14 +134,11 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
         "resources": {path.name.removesuffix(".resources.json"): read_json(path, "--force") for path in resources},
     }
     path = folder / setting / defense / f"seed{seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if dump:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, scores=scores, poisoned=index.poisoned, kept=kept)
-        os.replace(temporary, path.with_suffix(".npz"))
-    temporary.write_text(as_text(found))
-    os.replace(temporary, path)
+        arrays = io.BytesIO()
+        np.savez_compressed(arrays, scores=scores, poisoned=index.poisoned, kept=kept)
+        write_whole(path.with_suffix(".npz"), arrays.getvalue())
+    write_whole(path, as_text(found))
     return path
 
 

@@ -5,13 +5,13 @@ For the two commands that run one: `analysis.seeds` (DVC's queue, one machine) a
 
 import argparse
 import json
-import os
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.eligible import eligible
+from analysis.files import write_whole
 from analysis.schema import SCHEMA_VERSION
 from stages.lib import params
 from stages.lib.errors import UserError
@@ -61,10 +61,7 @@ class Cell:
     def write(self, out: Path, text: str) -> Path:
         """Put a result in its place, whole or not at all."""
         path = self.result(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_whole(path, text)
         return path
 
     def is_exported(self, out: Path, values: dict) -> bool:

@@ -31,6 +31,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import defenses
+from analysis.files import write_whole
 from analysis.made_with import difference
 from analysis.proving_tables import table, version_of
 from stages.lib import checkpoints, device, metrics, params, poisoning, runtime, storage
@@ -323,10 +324,7 @@ def record(dump: Dump, jobs: list[tuple[str, str, str | None]], out: Path) -> tu
             continue
         found["scored"][key] = {"version": version, "file": version_of(file_of(name)), **result}
         print(f"{dump.name} seed {dump.seed}: {key}: " + _line(result), flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(found, indent=1, sort_keys=True) + "\n")
     return found, failed
 
 
