@@ -14,8 +14,9 @@ each other and from the halves of other classes more than natural sub-classes do
    held-out rows, and how unlike the halves of all other classes its spread, place, confidence and runner-up labels are.
    A surplus of the class over the usual size and the known number of poisoned rows count where they are given.
 4. A row's score is its log-odds of being poison, averaged over the splits of its class by their evidence (Bayesian
-   model averaging, Hoeting et al. 1999, Statistical Science 14:382), the larger half now described by up to three
-   components (mixture discriminant analysis, Hastie & Tibshirani 1996, JRSS B 58:155); rows of other classes follow.
+   model averaging, Hoeting et al. 1999, Statistical Science 14:382), the larger half described by one, two
+   and three components (mixture discriminant analysis, Hastie & Tibshirani 1996, JRSS B 58:155), weighed by how near
+   the number of rows then comes to the surplus or the known number. Rows of other classes follow.
 
 Departures: SCAn needs clean data and gives both halves one covariance; here no row is known to be clean and each half
 has its own. SPECTRE needs poison to be the minority of its class; here neither half is the background by its size.
@@ -40,7 +41,7 @@ _SEARCH_ROWS = 1000  # of a class, evenly spread; the search for splits gains no
 _SHORT_RUN, _LONG_RUN = 12, 80  # EM steps
 _SMALLEST = -30.0  # log-responsibility; denormal numbers make BLAS a hundred times slower
 _CANDIDATES, _CANDIDATES_TOLD = 6, 8  # splits kept of each class; the number of poisoned rows adds starts
-_FINEST = 3  # components of a half, at most, once a class is suspected
+_FINER = 2, 3  # components of the larger half, once a class is suspected, beside one
 _SAME_SPLIT = 0.97  # two splits that agree on so many rows are one
 _BLOCK = 8192  # rows in float64 at a time
 _DESIGNED = 512  # rows of a design at a time: 561 numbers each, which then fit the processor's cache
@@ -53,6 +54,7 @@ _WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
 _LARGEST_ODDNESS = 10.0  # nor all of them together: they are related, and an easy class is odd in several at once
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
+_COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it may be, and what EM ends with
 _FEWER = 0.4  # of the class: a half that holds so many rows fewer than are poisoned may be one of several targets
 _UNSHARED = 2.0  # what that costs at most
 _MISSING = 0.15  # of the known number of rows: with so few left to explain, no further class is suspected
@@ -162,7 +164,9 @@ class BackdoorDefense:
             rows = self.rows_[c]
             share = self.n_poisoned_ / len(rows) if self.n_poisoned_ and suspected == [c] else None
             hypotheses = of_class[c] if c in (suspected or order[:1]) else [best[c]]
-            log_odds = _average(self.coordinates_[c], splits, hypotheses, share)
+            log_odds = _average(
+                self.coordinates_[c], splits, hypotheses, share, self._expected(len(rows), suspected == [c])
+            )
             if c in suspected:
                 self.n_suspected_ += int((log_odds > 0).sum())
                 scores[rows] = log_odds
@@ -250,7 +254,7 @@ class BackdoorDefense:
         centre = np.median(usual, axis=0)
         scale = np.maximum(1.4826 * np.median(np.abs(usual - centre), axis=0), _FLOORS)
         evidence = np.empty((len(splits), 2))
-        usual_gain = _usual_gain(splits)
+        usual_gain = np.median([split["held_out"] for split in _likeliest(splits)])  # natural classes have parts too
         for index, split in enumerate(splits):
             most_apart, most_gained = (most[n, split["class"], _is_nested(split)] for n in ("separation", "held_out"))
             apart = np.log((split["separation"] + 1e-12) / (most_apart + 1e-12))
@@ -268,13 +272,27 @@ class BackdoorDefense:
             )
         return evidence
 
+    def _surplus(self, n):
+        """Rows that a class of n rows has won, and the deviation of that among classes."""
+        usual = np.median(self.sizes_)
+        scale = max(1.4826 * np.median(np.abs(self.sizes_ - usual)), 0.005 * usual, 1.0)
+        return (n - usual) / (1 + 1 / max(len(self.sizes_) - 1, 1)), scale  # the others have lost what this one won
+
+    def _expected(self, n, alone):
+        """Poisoned rows of a suspected class of n rows, and the deviation of that number; None if nothing tells them."""
+        if alone and self.n_poisoned_ is not None:
+            number, deviation = self.n_poisoned_, 1.0
+        elif self.use_class_sizes:
+            number, deviation = self._surplus(n)
+        else:
+            return None
+        return (number, np.hypot(deviation, _COUNT_ERROR * number)) if number > 0 else None
+
     def _size_evidence(self, size, rest):
         """What the class sizes and the number of poisoned rows say about a half of so many rows being the poison."""
         n, evidence = size + rest, 0.0
         if self.use_class_sizes:
-            usual = np.median(self.sizes_)
-            scale = max(1.4826 * np.median(np.abs(self.sizes_ - usual)), 0.005 * usual, 1.0)
-            surplus = (n - usual) / (1 + 1 / max(len(self.sizes_) - 1, 1))  # the others have lost what this one won
+            surplus, scale = self._surplus(n)
             assumed = np.clip(surplus, 0.5 * size, min(1.5 * size, n))  # the split may be off
             without, left = surplus / scale, (surplus - assumed) / scale
             evidence += 4 * np.log((5 + without**2) / (5 + left**2))  # t with few degrees of freedom: sizes have tails
@@ -305,11 +323,6 @@ def _most(splits):
             key = name, split["class"], _is_nested(split)
             most[key] = max(most.get(key, split[name]), split[name])
     return most
-
-
-def _usual_gain(splits):
-    """Of the classes: natural ones have parts too."""
-    return np.median([split["held_out"] for split in _likeliest(splits)])
 
 
 def _ranked(splits, evidence):
@@ -403,11 +416,11 @@ def _candidates(values, n_poisoned, apart=0.0):
     if not wide.any():
         return []
     kept, everywhere, separation = kept[wide], everywhere[wide], separation[wide]
-    gain = _held_out(few, np.stack([1 - kept, kept], axis=1)) - _held_out(few, np.ones((1, 1, len(sample))))
+    in_two, in_one = _held_out(few, np.stack([1 - kept, kept], axis=1), np.ones((1, 1, len(sample))))
     columns = {
         "parts": np.stack([everywhere, 1 - everywhere], axis=1),
         "halves": np.stack([everywhere > 0.5, everywhere <= 0.5], axis=1),
-        "held_out": gain,
+        "held_out": in_two - in_one,
         "separation": separation,
     }
     return [dict(zip(columns, of_split, strict=True)) for of_split in zip(*columns.values(), strict=True)]
@@ -553,22 +566,24 @@ def _carry_over(design, few, second):
     return np.exp(other - np.logaddexp(first + np.log1p(-shares), other))
 
 
-def _held_out(values, parts):
-    """(r,): mean log-likelihood of components with responsibilities (r, K, n), on the half of the rows not fitted to."""
-    folds, total = np.arange(len(values)) % 2, 0.0
-    for fold in (0, 1):
-        seen, weights = _Design(values[folds != fold]), parts[:, :, folds != fold]
-        shares = np.clip(weights.mean(axis=2), 1e-3, 1)
-        shares /= shares.sum(axis=1, keepdims=True)
-        densities = _log_densities(_Design(values[folds == fold]), seen, weights, 4) + np.log(shares)[:, :, None]
-        total = total + np.logaddexp.reduce(densities, axis=1).sum(axis=1)
-    return total / len(values)
+def _held_out(values, *mixtures):
+    """(r,) of each mixture, responsibilities (r, K, n): mean log-likelihood on the half of the rows not fitted to."""
+    designs, total = [_Design(values[fold::2]) for fold in (0, 1)], [0.0] * len(mixtures)
+    for fold, (seen, unseen) in enumerate((designs, designs[::-1])):
+        for i, parts in enumerate(mixtures):
+            weights = parts[:, :, fold::2]
+            shares = np.clip(weights.mean(axis=2), 1e-3, 1)
+            shares /= shares.sum(axis=1, keepdims=True)
+            densities = _log_densities(unseen, seen, weights, 4) + np.log(shares)[:, :, None]
+            total[i] = total[i] + np.logaddexp.reduce(densities, axis=1).sum(axis=1)
+    return [of_mixture / len(values) for of_mixture in total]
 
 
-def _average(values, splits, hypotheses, share):
+def _average(values, splits, hypotheses, share, expected):
     """Log-odds of poison, averaged over the hypotheses (evidence, split, side) about a class by their evidence.
 
-    Splits of nearly the same evidence often err on different rows; the average is better than the best of them.
+    Splits of nearly the same evidence often err on different rows; the average is better than the best of them. So it is
+    with the number of components: `expected`, a number of poisoned rows and its deviation, or None, weighs them.
     """
     strongest, alone = max(hypotheses)[0], len(hypotheses) == 1  # one stands for a class that is not suspected
     hypotheses = [h for h in hypotheses if h[0] - strongest > _NEGLIGIBLE]
@@ -578,14 +593,21 @@ def _average(values, splits, hypotheses, share):
     if not alone:
         ends = {}  # rows that are more likely poison than not -> hypotheses of two parts; many end in the same
         for i, (parts, _) in enumerate(starts):
-            if len(parts) == 2:
-                ends.setdefault((log_odds[i] > 0).tobytes(), []).append(i)
-        finer = [(same, _finer(values, log_odds[same[0]] > 0)) for same in ends.values()]
-        finer = [(same, start) for same, start in finer if len(start[0]) > 2]
-        refined = _settle(design, [start for _, start in finer], share)
-        for (same, _), odds in zip(finer, refined, strict=True):
-            log_odds[same] = odds
-    weights = np.array([evidence - strongest for evidence, _, _ in hypotheses])[:, None]
+            poisoned = log_odds[i] > 0
+            if len(parts) == 2 and 0 < poisoned.sum() < design.n:
+                ends.setdefault(poisoned.tobytes(), []).append(i)
+        finer = [_finer(values, log_odds[same[0]] > 0, pieces) for same in ends.values() for pieces in _FINER]
+        refined = _settle(design, finer, share).reshape(len(ends), len(_FINER), design.n)
+        for same, odds in zip(ends.values(), refined, strict=True):
+            odds = np.concatenate([log_odds[same[:1]], odds])
+            number, deviation = expected or (0, np.inf)
+            weights = -np.log1p((((odds > 0).sum(axis=1) - number) / deviation) ** 2)  # t with one degree of freedom
+            log_odds[same] = _mean_log_odds(odds, weights[:, None])
+    return _mean_log_odds(log_odds, np.array([evidence - strongest for evidence, _, _ in hypotheses])[:, None])
+
+
+def _mean_log_odds(log_odds, weights):
+    """Log-odds (n,) of the mean probability, from log-odds (r, n) and log-weights (r, 1)."""
     yes, no = (np.logaddexp.reduce(weights - np.logaddexp(0, odds)) for odds in (-log_odds, log_odds))
     return yes - no
 
@@ -602,23 +624,23 @@ def _settle(design, starts, share, steps=_LONG_RUN):
     return log_odds
 
 
-def _finer(values, poisoned):
-    """Responsibilities (K, n) of components as large as the smaller half, at most three, and how many are the poison's.
+def _finer(values, poisoned, pieces):
+    """Responsibilities (1 + pieces, n), the larger half in so many components, and how many of the last are the poison's.
 
-    One component for a half several times as large leaves its outskirts to the other: of a class that is mostly
-    poisoned, a tenth of the poison.
+    With one, the outskirts of the larger half may go to the smaller: of a class that is mostly poisoned a tenth of the
+    poison, of one that is poisoned by a third a tenth of the clean rows. With three, the smaller may lose as many.
     """
     small, large = sorted((~poisoned, poisoned), key=np.sum)
-    pieces = [large]
-    for _ in range(1, min(_FINEST, round(large.sum() / small.sum())) if small.any() else 1):
-        pieces.sort(key=np.sum)
-        piece = pieces.pop()
+    of_large = [large]
+    while len(of_large) < pieces:
+        of_large.sort(key=np.sum)
+        piece = of_large.pop()
         centred = values[piece] - values[piece].mean(axis=0)
         up = np.zeros(len(values), bool)
         up[piece] = _two_means(centred @ eigh(centred.T @ centred)[1][:, -1])
-        pieces += [up, piece & ~up]
-    ordered = [small, *pieces] if large is poisoned else [*pieces, small]  # the poison is the last
-    return 0.05 + 0.9 * np.array(ordered), len(pieces) if large is poisoned else 1
+        of_large += [up, piece & ~up]
+    ordered = [small, *of_large] if large is poisoned else [*of_large, small]  # the poison is the last
+    return 0.05 + 0.9 * np.array(ordered), pieces if large is poisoned else 1
 
 
 def _entropy(counts):

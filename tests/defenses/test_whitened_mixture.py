@@ -165,15 +165,60 @@ def test_most_of_a_class_from_many_sources(seed):
     assert recall(dump, score(dump)[0]) >= 0.99  # with six splits a class 0.795, the wrong half of the right class
 
 
-@pytest.mark.parametrize(
-    "share, expected", [(0.3, (3, 1)), (0.45, (2, 1)), (0.7, (3, 2)), (0.9, (4, 3)), (0.0, (2, 1))]
-)
-def test_the_larger_half_has_more_components(share, expected):
+def poison_beside_outskirts(seed):
+    """A third of the class is poison, wide, and not all of it carries the whole trigger; a fifth of the clean rows of each
+    class lies far out in every direction but the trigger's."""
+    dump = relabelled(0.33, n=12000, d=48, seed=seed, shift=8.0)
+    rng = np.random.default_rng(seed + 7)
+    features, n_poisoned = dump.features.copy(), dump.poisoned.sum()
+    far = (rng.random(len(features)) < 0.2) & ~dump.poisoned
+    features[far, :-1] += 2.5 * rng.normal(size=(far.sum(), 47))
+    features[dump.poisoned, :-1] += 2 * rng.normal(size=(n_poisoned, 47))
+    features[dump.poisoned, -1] *= rng.beta(6, 1, n_poisoned)
+    return dump._replace(features=features)
+
+
+@pytest.mark.parametrize("seed, least", [(3, 0.96), (5, 0.975)])
+def test_the_number_of_components_is_averaged_over(seed, least):
+    dump = poison_beside_outskirts(seed)
+    assert recall(dump, score(dump)[0]) >= least  # 0.952 and 0.967 with two components of the larger half alone
+
+
+@pytest.mark.parametrize("told, use_class_sizes", [(True, False), (False, True), (False, False)])
+def test_numbers_of_components_are_weighed_by_the_expected_number_of_rows(told, use_class_sizes):
+    dump = relabelled(0.33)
+    defense = defenses.load(NAME, use_class_sizes=use_class_sizes)
+    defense.fit(dump.features, dump.labels, dump.poison_fraction if told else None)
+    size, n_poisoned = (dump.labels == 0).sum(), dump.poisoned.sum()
+    found = defense._expected(size, alone=True)
+    if told or use_class_sizes:
+        number, deviation = found
+        assert number == pytest.approx(n_poisoned if told else n_poisoned / (1 + 1 / 9))
+        assert 0.1 * number <= deviation <= 0.1 * number + 1
+    else:
+        assert found is None
+    if use_class_sizes:
+        assert defense._expected(size - n_poisoned, alone=False) is None  # no surplus
+
+
+def test_the_expected_number_of_rows_chooses_among_numbers_of_components(monkeypatch):
+    dump = poison_beside_outskirts(5)
+    defense = defenses.load(NAME)
+    found = []
+    for number in (300, 400):
+        monkeypatch.setattr(type(defense), "_expected", lambda *_, number=number: (number, 1.0))
+        defenses.score(defense, dump.features, dump.logits, dump.labels, None, seed=0)
+        found.append(defense.n_suspected_)
+    assert found[0] < found[1] - 10
+
+
+@pytest.mark.parametrize("share, pieces, last", [(0.3, 3, 1), (0.45, 2, 1), (0.55, 2, 2), (0.9, 3, 3)])
+def test_the_larger_half_has_more_components(share, pieces, last):
     rng = np.random.default_rng(0)
     poisoned = np.arange(200) < 200 * share
     values = rng.normal(size=(200, 4)) + np.outer(rng.integers(0, 3, 200), [9, 0, 0, 0])
-    parts, last = module()._finer(values, poisoned)
-    assert (len(parts), last) == expected
+    parts, found = module()._finer(values, poisoned, pieces)
+    assert (len(parts), found) == (1 + pieces, last)
     np.testing.assert_allclose((parts[-last:] > 0.5).sum(axis=0), poisoned)  # each row in one component, of its half
 
 
