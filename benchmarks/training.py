@@ -1,13 +1,16 @@
 """The training engine against the plain PyTorch loop that a careful user would write, side by side.
 
     python -m benchmarks.training [--networks resnet20 ...] [--rounds 3] [--out benchmarks/training.json]
+    python -m benchmarks.training --networks resnet20 --side-by-side 4     # ours alone and four at a time
 
 For each network in its full benchmark setting (shapes, batch, crop, flip): milliseconds a step, images a second, share
-of the device's measured matrix-multiply peak, peak memory. The two take turns, each time in a process of its own, and
-medians over the rounds are printed: on a shared machine absolute times drift, ratios less so.
+of the device's measured matrix-multiply peak, peak memory, and for ours the seconds until the first steps are done
+(compiling, choice of algorithms, graph). The two take turns, each time in a process of its own, and medians over the
+rounds are printed: on a shared machine absolute times drift, ratios less so.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import resource
@@ -24,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from analysis.files import write_whole
 from analysis.tasks import current_commit
 from stages.lib import device, params, runtime
 from stages.lib.torchvision_compat import import_torchvision
@@ -73,10 +77,12 @@ class PlainSet(torch.utils.data.Dataset):
 
 
 def time_steps(step, batches, where: torch.device, seconds: float) -> float:
-    """Seconds a step, over full batches, for about so many seconds after the warm-up."""
+    """Seconds a step, over full batches, for about so many seconds from when the parent says so, after the warm-up."""
     for _ in range(WARM_UP_STEPS):
         step(next(batches))
     synchronise(where)
+    print("ready", flush=True)
+    sys.stdin.readline()
     steps, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         step(next(batches))
@@ -92,10 +98,16 @@ def synchronise(where: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def ours(network: str, n: int, seconds: float) -> float:
+def ours(network: str, n: int, seconds: float) -> dict:
     images, labels, architecture, recipe = case(network, n)
     how = device.decide(runtime.load())
+    started = time.perf_counter()
     trainer = Trainer(images, labels, architecture, recipe, how, seed=0)
+    first = draws(n, recipe, 0, 0, 0).to(how.device)[:, : recipe.batch_size]
+    trainer.full_step(first)
+    trainer._step(first[:, : recipe.batch_size // 2])
+    synchronise(how.device)
+    set_up = time.perf_counter() - started
 
     def batches():
         epoch = 0
@@ -104,10 +116,11 @@ def ours(network: str, n: int, seconds: float) -> float:
             yield from (batch for batch in chosen.split(recipe.batch_size, 1) if batch.shape[1] == recipe.batch_size)
             epoch += 1
 
-    return time_steps(trainer.full_step, batches(), how.device, seconds)
+    step = time_steps(trainer.full_step, batches(), how.device, seconds)
+    return {"seconds_per_step": step, "set_up_seconds": set_up}
 
 
-def plain(network: str, n: int, seconds: float) -> float:
+def plain(network: str, n: int, seconds: float) -> dict:
     """No channels-last, no fused optimiser, no kept memory; bf16 autocast on a GPU, as a careful user has it."""
     images, labels, architecture, recipe = case(network, n)
     wanted = runtime.load().device
@@ -133,7 +146,7 @@ def plain(network: str, n: int, seconds: float) -> float:
         loss.backward()
         optimizer.step()
 
-    return time_steps(step, batches(), where, seconds)
+    return {"seconds_per_step": time_steps(step, batches(), where, seconds)}
 
 
 def matmul_peak(how: device.Device) -> float:
@@ -169,22 +182,33 @@ def operations(network: str) -> int:
     return 3 * sum(counts) * recipe.batch_size
 
 
-def measure(contender: str, network: str, n: int, seconds: float) -> dict:
-    per_step = {"ours": ours, "plain": plain}[contender](network, n, seconds)
+def measure(contender: str, args) -> dict:
+    found = {"ours": ours, "plain": plain}[contender](args.networks[0], args.n, args.seconds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak = torch.cuda.max_memory_allocated() / 2**20
-    return {"seconds_per_step": per_step, "peak_memory_mb": peak}
+    return found | {"peak_memory_mb": peak}
 
 
-def in_a_process(contender: str, network: str, args) -> dict:
-    """`measure` in a process of its own, so that memory and threads are its own."""
+def in_processes(contender: str, network: str, args, number: int = 1) -> list[dict]:
+    """`measure` in so many processes at once, each with memory and threads of its own, timed when all are warm."""
     command = [sys.executable, "-m", "benchmarks.training", "--contender", contender, "--networks", network]
     command += ["--seconds", str(args.seconds), "--n", str(args.n)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"benchmarks.training: {contender} failed on {network}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    running = [subprocess.Popen(command, text=True, **pipes) for _ in range(number)]
+    for process in running:
+        process.stdout.readline()  # "ready", or nothing if it failed
+    found = []
+    for process in running:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write("\n")
+            process.stdin.flush()
+    for process in running:
+        output, errors = process.communicate()
+        if process.returncode:
+            sys.exit(f"benchmarks.training: {contender} failed on {network}: {errors.strip()[-2000:]}")
+        found.append(json.loads(output))
+    return found
 
 
 def main() -> None:
@@ -193,11 +217,17 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=15.0, help="measured time of each contender in each round")
     options.add_argument("--n", type=int, help="images in the made-up data set; default: 4096, on a GPU 50000")
+    options.add_argument(
+        "--side-by-side",
+        type=int,
+        default=1,
+        help="ours also so many at a time; on one GPU that pays with NVIDIA's MPS",
+    )
     options.add_argument("--out", type=Path, help="JSON file to write, after each network")
     options.add_argument("--contender", choices=("ours", "plain"), help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.contender:
-        print(json.dumps(measure(args.contender, args.networks[0], args.n, args.seconds)))
+        print(json.dumps(measure(args.contender, args)))
         return
     how = device.decide(runtime.load())
     args.n = args.n or N_IMAGES[how.device.type]
@@ -211,27 +241,44 @@ def main() -> None:
         "networks": {},
     }  # fmt: skip
     print(f"{how}; matrix-multiply peak {peak / 1e12:.2f} TFLOP/s; commit {commit}")
-    print(f"{'network':<13}{'loop':<7}{'ms/step':>9}{'images/s':>10}{'of peak':>9}{'memory MB':>11}{'ratio':>8}")
+    print(
+        f"{'network':<13}{'loop':<7}{'ms/step':>9}{'images/s':>10}{'of peak':>9}{'memory MB':>11}{'set-up s':>10}{'ratio':>8}"
+    )
     for network in args.networks:
-        rounds = [{name: in_a_process(name, network, args) for name in ("ours", "plain")} for _ in range(args.rounds)]
+        rounds = [
+            {name: in_processes(name, network, args)[0] for name in ("ours", "plain")} for _ in range(args.rounds)
+        ]
         batch, flops = case(network, 2)[3].batch_size, operations(network)
         ratio = statistics.median(one["plain"]["seconds_per_step"] / one["ours"]["seconds_per_step"] for one in rounds)
         found["networks"][network] = {"ratio_plain_to_ours": ratio, "operations_per_step": flops}
         for name in ("ours", "plain"):
             step = statistics.median(one[name]["seconds_per_step"] for one in rounds)
             memory = max(one[name]["peak_memory_mb"] for one in rounds)
+            set_up = [one[name]["set_up_seconds"] for one in rounds if name == "ours"]
             found["networks"][network][name] = {
                 "ms_per_step": step * 1e3,
                 "ms_per_step_of_each_round": [one[name]["seconds_per_step"] * 1e3 for one in rounds],
                 "images_per_second": batch / step, "share_of_peak": flops / step / peak, "peak_memory_mb": memory,
-            }  # fmt: skip
+            } | ({"set_up_seconds_of_each_round": set_up} if set_up else {})  # fmt: skip
             print(
                 f"{network:<13}{name:<7}{step * 1e3:>9.1f}{batch / step:>10.0f}{flops / step / peak:>9.1%}"
-                f"{memory:>11.0f}{ratio if name == 'plain' else 1:>8.2f}",
+                f"{memory:>11.0f}{f'{max(set_up):.1f}' if set_up else '':>10}{ratio if name == 'plain' else 1:>8.2f}",
                 flush=True,
             )
+        if args.side_by_side > 1:
+            several = in_processes("ours", network, args, args.side_by_side)
+            each = statistics.median(one["seconds_per_step"] for one in several)
+            alone = statistics.median(one["ours"]["seconds_per_step"] for one in rounds)
+            gain = args.side_by_side * alone / each
+            found["networks"][network]["side_by_side"] = {
+                "number": args.side_by_side, "ms_per_step_of_each": [one["seconds_per_step"] * 1e3 for one in several],
+                "gain": gain,
+            }  # fmt: skip
+            print(
+                f"{network:<13}{args.side_by_side} at a time: {each * 1e3:.1f} ms a step each, {gain:.2f} times the work"
+            )
         if args.out:
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            write_whole(args.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
