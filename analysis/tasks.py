@@ -145,7 +145,7 @@ class Runner:
 
     def execute(self, task: Task) -> str:
         key, started = task.key(), time.monotonic()
-        print(f"start  {task.outs[0]}", flush=True)
+        tell(f"start  {task.outs[0]}")
         words = shlex.split(task.command)
         process = subprocess.Popen(
             [sys.executable, *words[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -153,19 +153,23 @@ class Runner:
         self.running.add(process)
         if self.stopping.is_set():
             process.send_signal(signal.SIGINT)
-        output, _ = process.communicate()
+        last = ""
+        for line in process.stdout:
+            last = line.strip() or last
+            tell(f"       {task.outs[0]}: {line.rstrip()}")
+        process.wait()
         self.running.discard(process)
         seconds = time.monotonic() - started
         if process.returncode:
             how = "stopped" if self.stopping.is_set() else "failed"
-            print(f"{how:<6} {task.outs[0]} after {seconds:.0f} s: {output.strip().splitlines()[-1:]}", flush=True)
+            tell(f"{how:<6} {task.outs[0]} after {seconds:.0f} s: {last}")
             return how
         task.stamp.parent.mkdir(parents=True, exist_ok=True)
         if task.key() != key:
-            print(f"failed {task.outs[0]}: what it was made from changed meanwhile", flush=True)
+            tell(f"failed {task.outs[0]}: what it was made from changed meanwhile")
             return "failed"
         task.stamp.write_text(task.state())
-        print(f"done   {task.outs[0]} in {seconds:.0f} s", flush=True)
+        tell(f"done   {task.outs[0]} in {seconds:.0f} s")
         return "ran"
 
     def stop(self) -> None:
@@ -173,6 +177,12 @@ class Runner:
         self.stopping.set()
         for process in list(self.running):
             process.send_signal(signal.SIGINT)
+
+
+def tell(line: str) -> None:
+    """One line, whole, from whichever thread."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def current_commit() -> str | None:

@@ -36,6 +36,7 @@ def test_computes_exports_and_resumes(clone):
     status, output = run(clone, "--defenses", "confidence_filter", "random_filter", "--jobs", "2")
     assert status == 0, output
     assert output.count("start") == len(LEFT) + 2 * len(RIGHT), "victim and oracle are shared by the cells"
+    assert "\n       artifacts/tiny/seed1/victim.pt: victim: epoch 1/1 " in output, "what a stage prints is passed on"
     for defense in ("confidence_filter", "random_filter"):
         found = json.loads((clone.folder / f"results/tiny/{defense}/seed1.json").read_text())
         assert found["metrics"]["cell"] == f"tiny/{defense}/seed1"
@@ -134,7 +135,7 @@ def test_a_file_that_cannot_be_used_is_one_line(monkeypatch, capsys, error, told
     assert capsys.readouterr() == ("", f"python -m analysis.cells: {told}\n")
 
 
-def test_a_failed_stage_skips_what_needs_it_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_stage_skips_what_needs_it_and_nothing_else(tmp_path, monkeypatch, capsys):
     """Two chains of two tasks; the first task of one fails."""
     monkeypatch.chdir(tmp_path)
 
@@ -142,7 +143,7 @@ def test_a_failed_stage_skips_what_needs_it_and_nothing_else(tmp_path, monkeypat
         return Task(name, f"python -c '{code}'", [tmp_path / d for d in deps], [tmp_path / name], {})
 
     tasks = [
-        task("bad", "import sys; sys.exit(3)"),
+        task("bad", 'import sys; print("why"); sys.exit(3)'),
         task("after-bad", 'open("after-bad", "w")', ["bad"]),
         task("good", 'open("good", "w")'),
         task("after-good", 'open("after-good", "w")', ["good"]),
@@ -151,6 +152,7 @@ def test_a_failed_stage_skips_what_needs_it_and_nothing_else(tmp_path, monkeypat
     runner = Runner(2, float("inf"))
     outcome = runner.run({one.command: one for one in tasks})
     assert [outcome[one.command] for one in tasks] == ["failed", "skipped", "ran", "ran"]
+    assert re.search(r"^failed .*bad after \d+ s: why$", capsys.readouterr().out, re.M)
     assert Runner(1, float("inf")).run({tasks[3].command: tasks[3], tasks[2].command: tasks[2]}) == {
         tasks[2].command: "done", tasks[3].command: "done",
     }  # fmt: skip
