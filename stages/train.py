@@ -44,7 +44,7 @@ def main(args) -> None:
         images, labels = training_set.images[rows], training_set.labels[rows]
         del training_set
         architecture = Architecture(model.network, poisoned.n_classes, poisoned.image_size, poisoned.mean, poisoned.std)
-        where = device.decide(runtime.load())
+        where = device.decide(runtime.load(), recipe.epochs * (len(rows) // recipe.batch_size))
         title = {ALL: "victim", CLEAN: "oracle"}.get(args.rows, "retrained")
         print(f"{title}: {model.network} on {len(rows)} rows, {recipe.epochs} epochs, {where}", flush=True)
         conditions = {

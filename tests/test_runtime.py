@@ -147,9 +147,9 @@ def test_a_gpu_compiles_only_with_triton(monkeypatch):
     assert device.what_compiling_lacks() == "triton is not installed"
 
 
-@pytest.mark.parametrize(("wish", "made_current"), [("auto", []), ("cuda", []), ("cuda:1", [1])])
-def test_a_gpu_is_decided_on(monkeypatch, wish, made_current):
-    """Without one: what is asked of CUDA is answered, and everything else is torch's own."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """There is none: what is asked of CUDA is answered, and everything else is torch's own. The devices made current."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
@@ -157,7 +157,20 @@ def test_a_gpu_is_decided_on(monkeypatch, wish, made_current):
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     for flag in ("benchmark", "deterministic", "allow_tf32"):
         monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
+    return current
+
+
+@pytest.mark.parametrize(("wish", "made_current"), [("auto", []), ("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_is_decided_on(gpu, wish, made_current):
     found = device.decide(runtime.Runtime(wish))
-    assert (found.device, found.precision, current) == (
-        torch.device(wish.replace("auto", "cuda")), "bf16", made_current
-    )  # fmt: skip
+    assert (found.device, found.precision, gpu) == (torch.device(wish.replace("auto", "cuda")), "bf16", made_current)
+
+
+@pytest.mark.parametrize(("wish", "steps", "compiled"), [
+    ("auto", 360, False), ("auto", 39_000, True), ("auto", None, True), ("on", 360, True), ("off", 39_000, False),
+])  # fmt: skip
+def test_a_short_training_is_not_compiled(gpu, monkeypatch, wish, steps, compiled):
+    monkeypatch.setattr(device, "what_compiling_lacks", lambda: None)
+    found = device.decide(runtime.Runtime("cuda", compile=wish), steps)
+    assert found.compile == compiled
+    assert ("360 steps are done sooner without" in found.reason) == (wish == "auto" and steps == 360)

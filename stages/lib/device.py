@@ -12,6 +12,9 @@ import torch
 from stages.lib.errors import UserError
 from stages.lib.runtime import Runtime
 
+# Full steps from which compiling for a GPU pays. It takes 38 to 88 s once a network and saves 0.4 to 1.1 ms a step (one H200,
+# benchmarks/README.md); victim, oracle and retraining share what is compiled.
+COMPILE_STEPS = 20_000
 # mallopt(3) parameters of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -41,8 +44,8 @@ class Device:
         return f"{self.device} ({how}), {self.precision}: {self.reason}"
 
 
-def decide(runtime: Runtime) -> Device:
-    """Settle every `auto`, and prepare the process for it (threads, memory)."""
+def decide(runtime: Runtime, steps: int | None = None) -> Device:
+    """Settle every `auto`, and prepare the process for it (threads, memory). steps: full ones of the training, if known."""
     if runtime.device == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         why = ["a GPU is there" if name == "cuda" else "no GPU found"]
@@ -66,7 +69,12 @@ def decide(runtime: Runtime) -> Device:
     if runtime.compile == "auto":
         # Eager with kept memory (below) is as fast on ResNet-20 and 1.2 times faster on MobileNetV2 than Inductor's code
         # for two cores, and spares its minute of compiling: benchmarks/README.md.
-        lacking = what_compiling_lacks() if device.type == "cuda" else "it does not pay on a CPU"
+        if device.type == "cpu":
+            lacking = "it does not pay on a CPU"
+        elif steps is not None and steps < COMPILE_STEPS:
+            lacking = f"{steps:,} steps are done sooner without"
+        else:
+            lacking = what_compiling_lacks()
         compile_ = lacking is None
         why.append("compiled" if compile_ else f"not compiled: {lacking}")
     else:
