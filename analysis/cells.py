@@ -11,13 +11,45 @@ what they print (a training: ten lines with the time left) is passed on as they 
 """
 
 import argparse
+import contextlib
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from analysis import grid
 from analysis.tasks import Runner, current_commit, tasks_of
 from stages.lib.errors import UserError
+
+
+@contextlib.contextmanager
+def nvidia_mps() -> Iterator[None]:
+    """NVIDIA's Multi-Process Service, started for what runs inside and in a folder of its own: without it the processes on
+    one GPU take turns. https://docs.nvidia.com/deploy/mps"""
+    control, variables = shutil.which("nvidia-cuda-mps-control"), ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
+    if control is None:
+        raise UserError("--mps: nvidia-cuda-mps-control is not there; it comes with NVIDIA's driver. Leave --mps out")
+    if taken := [variable for variable in variables if variable in os.environ]:
+        raise UserError(f"--mps: {taken[0]} is set, so MPS seems to run already; leave --mps out to use it")
+    # What it says goes to a file: the daemon might hold a pipe open for as long as it runs.
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder, tempfile.TemporaryFile("w+") as said:
+        os.environ |= dict.fromkeys(variables, folder)
+        try:
+            if status := subprocess.run([control, "-d"], stdout=said, stderr=said).returncode:
+                said.seek(0)
+                reason = (said.read().strip().splitlines() or [f"exit status {status}"])[-1]
+                raise UserError(f"--mps: MPS does not start ({reason}); leave --mps out")
+            try:
+                yield
+            finally:
+                subprocess.run([control], input="quit\n", text=True, stdout=subprocess.DEVNULL, timeout=60)
+        finally:
+            for variable in variables:
+                del os.environ[variable]
 
 
 def main() -> int:
@@ -28,6 +60,7 @@ def main() -> int:
     options.add_argument("--defenses", nargs="+", required=True, help="lines under `defenses:` in params.yaml")
     options.add_argument("--seeds", nargs="+", type=int, required=True, help="whole numbers from 0")
     options.add_argument("--jobs", type=int, default=1, help="stages side by side")
+    options.add_argument("--mps", action="store_true", help="run NVIDIA's MPS meanwhile, so that they share one GPU")
     options.add_argument(
         "--time-limit", type=float, default=float("inf"), help="seconds; what is left resumes next time"
     )
@@ -46,7 +79,9 @@ def main() -> int:
 
         unfinished = set()
         if not args.export_only:
-            outcome = Runner(args.jobs, time.monotonic() + args.time_limit).run(tasks_of(cells))
+            tasks = tasks_of(cells)
+            with nvidia_mps() if args.mps else contextlib.nullcontext():
+                outcome = Runner(args.jobs, time.monotonic() + args.time_limit).run(tasks)
             bad = {command for command, how in outcome.items() if how not in ("done", "ran")}
             unfinished = {cell for cell in cells if bad & tasks_of([cell]).keys()}
         missing, commit = [], args.commit or current_commit()

@@ -1,5 +1,6 @@
 """Cells by plain commands: the same files as DVC makes, nothing twice, and a time limit that loses nothing."""
 
+import contextlib
 import json
 import os
 import re
@@ -118,6 +119,59 @@ def test_a_mistake_outside_a_checkout_is_one_line(tmp_path, words, told):
     )  # fmt: skip
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"python -m analysis.cells: {told}") and done.stderr.count("\n") == 1
+
+
+CONTROL = """#!{python}
+import os, subprocess, sys
+words = sys.argv[1:] or [sys.stdin.read().strip()]
+with open({log!r}, "a") as file:
+    print(*words, os.environ["CUDA_MPS_PIPE_DIRECTORY"], os.path.isdir(os.environ["CUDA_MPS_PIPE_DIRECTORY"]), file=file)
+if words == ["-d"]:
+    if {refuses}:
+        sys.exit("An instance of this daemon is already running")
+    subprocess.Popen(["/bin/sleep", "30"], start_new_session=True)  # a daemon that keeps what it was given open
+"""
+
+
+@pytest.fixture
+def control(tmp_path, monkeypatch):
+    """A stand-in for NVIDIA's program on the path; ``control(refuses)`` writes it, and its log tells what it was asked."""
+    for variable in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def write(refuses=False):
+        program, log = tmp_path / "nvidia-cuda-mps-control", tmp_path / "log"
+        program.write_text(CONTROL.format(python=sys.executable, log=str(log), refuses=refuses))
+        program.chmod(0o755)
+        return log
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return write
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_mps_runs_for_what_is_inside_and_no_longer(control, error):
+    log = control()
+    with contextlib.suppress(KeyboardInterrupt), cells.nvidia_mps():
+        folder = os.environ["CUDA_MPS_PIPE_DIRECTORY"]
+        assert log.read_text() == f"-d {folder} True\n", "started before anything else is"
+        if error:
+            raise error
+    assert log.read_text() == f"-d {folder} True\nquit {folder} True\n"
+    assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ and not Path(folder).exists()
+
+
+def test_mps_that_cannot_be_had_is_one_line(control, monkeypatch, refuses):
+    with refuses("--mps", "nvidia-cuda-mps-control is not there"), cells.nvidia_mps():
+        pass
+    log = control(refuses=True)
+    with refuses("--mps", "An instance of this daemon is already running"), cells.nvidia_mps():
+        pass
+    assert "quit" not in log.read_text() and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/elsewhere")
+    with refuses("--mps", "CUDA_MPS_PIPE_DIRECTORY is set"), cells.nvidia_mps():
+        pass
+    assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/elsewhere"
 
 
 @pytest.mark.parametrize(("error", "told"), [
