@@ -7,7 +7,7 @@ The commands are those of dvc.yaml, and so are the paths: brought back to a chec
 artifacts of a cell enter DVC's cache with `dvc commit -f dvc.yaml`. A stage is run again only if its command, its
 parameters or a file it depends on has changed; a training that was cut off goes on from its scratch checkpoint. Stages
 that do not wait for each other run side by side, `--jobs` at a time: victim and oracle, then one retraining per defense;
-what they print (a training: ten lines with the time left) is passed on as they print it.
+what they print (a training: some ten lines, with the time left) is passed on as they print it.
 """
 
 import argparse

@@ -174,8 +174,8 @@ def ablation(records: list[dict]) -> str:
 
 
 def page(records: list[dict]) -> str:
-    devices = sorted({found["runtime"]["device"] for found in records if "runtime" in found})
-    parts = [PREFACE.format(took=TOOK, devices=" or ".join(devices).upper())]
+    devices = sorted({found["runtime"]["device"].replace("cpu", "CPU") for found in records if "runtime" in found})
+    parts = [PREFACE.format(took=TOOK, devices=" or ".join(devices))]
     for use, title in USES.items():
         chosen = [found for found in records if found["use"] == use]
         poisoned = [found for found in chosen if found["n_poisoned"]]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from analysis.published import DEFENSE_SCORE
 from analysis.schema import CELL, CLIFF, CLIFF_VERSION, SCHEMA_VERSION, mistake, short, uneven
 
 
@@ -35,9 +36,9 @@ class Results:
     problems: list[Problem] = field(default_factory=list)
 
     def settings(self) -> list[str]:
-        """The default first, then those with the most cells."""
+        """Those of the public table first, then the default, then those with the most cells."""
         counts = Counter(setting for setting, _, _ in self.cells)
-        return sorted(counts, key=lambda name: (name != "quick", -counts[name], name))
+        return sorted(counts, key=lambda name: (name not in DEFENSE_SCORE, name != "quick", -counts[name], name))
 
     def defenses(self, setting: str) -> list[str]:
         return sorted({d for s, d, _ in self.cells if s == setting})

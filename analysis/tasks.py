@@ -7,6 +7,7 @@ goes on from its scratch checkpoint.
 import concurrent.futures
 import hashlib
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -148,17 +149,26 @@ class Runner:
         tell(f"start  {task.outs[0]}")
         words = shlex.split(task.command)
         process = subprocess.Popen(
-            [sys.executable, *words[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            [sys.executable, *words[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # each line when it is printed
+        )  # fmt: skip
         self.running.add(process)
         if self.stopping.is_set():
             process.send_signal(signal.SIGINT)
         last = ""
-        for line in process.stdout:
-            last = line.strip() or last
-            tell(f"       {task.outs[0]}: {line.rstrip()}")
-        process.wait()
-        self.running.discard(process)
+        try:
+            for raw in process.stdout:
+                # Of a progress bar, which returns to the start of its line, the last state.
+                line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
+                last = line.strip() or last
+                if line and not self.stopping.is_set():
+                    tell(f"       {task.outs[0]}: {line}")
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            raise
+        finally:
+            process.wait()
+            self.running.discard(process)
         seconds = time.monotonic() - started
         if process.returncode:
             how = "stopped" if self.stopping.is_set() else "failed"

@@ -5,8 +5,9 @@
 
 For each network in its full benchmark setting (shapes, batch, crop, flip): milliseconds a step, images a second, share
 of the device's measured matrix-multiply peak, peak memory, and for ours the seconds until the first steps are done
-(compiling, choice of algorithms, graph). The two take turns, each time in a process of its own, and medians over the
-rounds are printed: on a shared machine absolute times drift, ratios less so.
+(compiling, choice of algorithms, graph; the most of all rounds, since a later one finds compiled code in the cache). The
+two take turns, each time in a process of its own, and medians over the rounds are printed: on a shared machine absolute
+times drift, ratios less so.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +42,7 @@ SETTINGS = {  # network -> benchmark setting, channels, classes
 }
 SIZE = 32
 WARM_UP_STEPS = 3
+READY = "ready"  # what a contender says when it is warm
 N_IMAGES = {"cpu": 4096, "cuda": 50_000}  # few: an epoch would end every 30 ms on a GPU
 MATMUL_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
 
@@ -81,8 +84,9 @@ def time_steps(step, batches, where: torch.device, seconds: float) -> float:
     for _ in range(WARM_UP_STEPS):
         step(next(batches))
     synchronise(where)
-    print("ready", flush=True)
-    sys.stdin.readline()
+    print(READY, flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the parent is gone")
     steps, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         step(next(batches))
@@ -105,7 +109,7 @@ def ours(network: str, n: int, seconds: float) -> dict:
     trainer = Trainer(images, labels, architecture, recipe, how, seed=0)
     first = draws(n, recipe, 0, 0, 0).to(how.device)[:, : recipe.batch_size]
     trainer.full_step(first)
-    trainer._short_step(first[:, : recipe.batch_size // 2])
+    trainer._step(first[:, : recipe.batch_size // 2])
     synchronise(how.device)
     set_up = time.perf_counter() - started
 
@@ -194,20 +198,31 @@ def in_processes(contender: str, network: str, args, number: int = 1) -> list[di
     """`measure` in so many processes at once, each with memory and threads of its own, timed when all are warm."""
     command = [sys.executable, "-m", "benchmarks.training", "--contender", contender, "--networks", network]
     command += ["--seconds", str(args.seconds), "--n", str(args.n)]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    running = [subprocess.Popen(command, text=True, **pipes) for _ in range(number)]
-    for process in running:
-        process.stdout.readline()  # "ready", or nothing if it failed
-    found = []
-    for process in running:
-        with contextlib.suppress(BrokenPipeError):
+    with contextlib.ExitStack() as stack:
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(number)]  # a pipe can fill up
+        running = []
+        for file in errors:
+            process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file)
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # before the wait, if something goes wrong; nothing if it has ended
+            running.append(process)
+
+        def failed(index: int) -> None:
+            errors[index].seek(0)
+            sys.exit(f"benchmarks.training: {contender} failed on {network}: {errors[index].read().strip()[-2000:]}")
+
+        for index, process in enumerate(running):
+            if READY not in map(str.strip, process.stdout):  # up to that line, or to the end
+                failed(index)
+        for process in running:
             process.stdin.write("\n")
             process.stdin.flush()
-    for process in running:
-        output, errors = process.communicate()
-        if process.returncode:
-            sys.exit(f"benchmarks.training: {contender} failed on {network}: {errors.strip()[-2000:]}")
-        found.append(json.loads(output))
+        found = []
+        for index, process in enumerate(running):
+            output = process.communicate()[0]
+            if process.returncode:
+                failed(index)
+            found.append(json.loads(output))
     return found
 
 
@@ -226,6 +241,8 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="JSON file to write, after each network")
     options.add_argument("--contender", choices=("ours", "plain"), help=argparse.SUPPRESS)
     args = options.parse_args()
+    if args.side_by_side < 1:
+        options.error(f"--side-by-side is {args.side_by_side}; expected 1 or more")
     if args.contender:
         print(json.dumps(measure(args.contender, args)))
         return

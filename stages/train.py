@@ -44,7 +44,8 @@ def main(args) -> None:
         images, labels = training_set.images[rows], training_set.labels[rows]
         del training_set
         architecture = Architecture(model.network, poisoned.n_classes, poisoned.image_size, poisoned.mean, poisoned.std)
-        where = device.decide(runtime.load(), recipe.epochs * (len(rows) // recipe.batch_size))
+        # By all rows, not the kept ones: victim, oracle and retraining are compiled or not, all alike.
+        where = device.decide(runtime.load(), recipe.epochs * (poisoned.index.n // recipe.batch_size))
         title = {ALL: "victim", CLEAN: "oracle"}.get(args.rows, "retrained")
         print(f"{title}: {model.network} on {len(rows)} rows, {recipe.epochs} epochs, {where}", flush=True)
         conditions = {

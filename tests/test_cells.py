@@ -212,6 +212,47 @@ def test_a_failed_stage_skips_what_needs_it_and_nothing_else(tmp_path, monkeypat
     }  # fmt: skip
 
 
+def test_what_a_stage_prints_is_passed_on_while_it_runs(tmp_path, monkeypatch):
+    """The stage ends only once its first line has arrived, which it does not flush; a bar is one line, its last state."""
+    monkeypatch.chdir(tmp_path)
+    told = []
+
+    def tell(line):
+        told.append(line)
+        if line.endswith("early"):
+            (tmp_path / "go").touch()
+
+    monkeypatch.setattr("analysis.tasks.tell", tell)
+    (tmp_path / "stage.py").write_text(
+        "import os, sys, time\n"
+        "print('early')\n"
+        "end = time.monotonic() + 30\n"
+        "while not os.path.exists('go') and time.monotonic() < end: time.sleep(0.01)\n"
+        "sys.stdout.buffer.write(b'1%\\r50%\\r100%\\n\\n\\xff\\n')\n"
+        "open('made', 'w').close()\n"
+        "sys.exit(not os.path.exists('go'))\n"
+    )
+    task = Task("stage", "python stage.py", [], [tmp_path / "made"], {})
+    assert Runner(1, float("inf")).run({task.command: task}) == {task.command: "ran"}
+    assert [line.rpartition(": ")[2] for line in told[1:-1]] == ["early", "100%", "\ufffd"]
+
+
+def test_a_reader_that_goes_away_leaves_no_stage_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def tell(line):
+        if "told" in line:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("analysis.tasks.tell", tell)
+    code = 'import time; print("told"); time.sleep(60)'
+    task = Task("stage", f"python -c '{code}'", [], [tmp_path / "never"], {})
+    runner, started = Runner(1, float("inf")), time.monotonic()
+    with pytest.raises(BrokenPipeError):
+        runner.run({task.command: task})
+    assert time.monotonic() - started < 20 and not runner.running
+
+
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
 def test_the_time_limit_interrupts_what_runs(tmp_path, monkeypatch, request, handler):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.lib import checkpoints, datasets, metrics, sealed, storage
+from stages.lib import checkpoints, datasets, device, metrics, sealed, storage
 from stages.lib.poisoning import open_poisoned, read_index
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +96,15 @@ def test_a_second_run_to_other_paths_gives_the_same_bytes(chain, tmp_path, name)
     first = files_of(chain.folder / "a")
     assert found and found == {path: first[path] for path in found}
     assert again.out.replace(f"{tmp_path}/again-", "a/") == chain.ended[name].out
+
+
+def test_all_trainings_of_a_cell_are_compiled_alike(chain, tmp_path, monkeypatch):
+    """Decided by the steps over all 200 rows: with 180 kept ones an epoch has one full step fewer."""
+    told, decide = [], device.decide
+    monkeypatch.setattr(device, "decide", lambda runtime, steps=None: told.append(steps) or decide(runtime, steps))
+    for name in ("victim", "oracle", "retrained"):
+        assert chain.run(name, f"{tmp_path}/").status == 0
+    assert told == [200 // 32] * 3
 
 
 def test_the_chain_leaves_its_outputs_and_nothing_else(chain):

@@ -167,10 +167,10 @@ def test_a_gpu_is_decided_on(gpu, wish, made_current):
 
 
 @pytest.mark.parametrize(("wish", "steps", "compiled"), [
-    ("auto", 360, False), ("auto", 39_000, True), ("auto", None, True), ("on", 360, True), ("off", 39_000, False),
+    ("auto", 29_999, False), ("auto", 30_000, True), ("auto", None, True), ("on", 360, True), ("off", 39_000, False),
 ])  # fmt: skip
 def test_a_short_training_is_not_compiled(gpu, monkeypatch, wish, steps, compiled):
     monkeypatch.setattr(device, "what_compiling_lacks", lambda: None)
     found = device.decide(runtime.Runtime("cuda", compile=wish), steps)
     assert found.compile == compiled
-    assert ("360 steps are done sooner without" in found.reason) == (wish == "auto" and steps == 360)
+    assert ("29,999 steps take less time than compiling" in found.reason) == (steps == 29_999)

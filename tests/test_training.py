@@ -127,16 +127,6 @@ def test_the_graph_of_a_step_does_what_the_step_does(precision, compiled, monkey
     assert moved > 5e-3, "by no more than the tolerance"
 
 
-@pytest.mark.parametrize("search", [True, False])
-def test_no_algorithms_are_searched_for_the_short_batch(monkeypatch, search):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", search)
-    images, labels = images_and_labels(n=24)
-    trainer, seen = Trainer(images, labels, ARCHITECTURE, RECIPE, CPU, seed=3), []
-    trainer.full_step = trainer._step = lambda batch: seen.append((batch.shape[1], torch.backends.cudnn.benchmark))
-    trainer.run_epoch()
-    assert seen == [(16, search), (8, False)] and torch.backends.cudnn.benchmark == search
-
-
 class StandInStream:
     def wait_stream(self, other): ...
 

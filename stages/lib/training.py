@@ -165,15 +165,6 @@ class Trainer:
             correct = (logits.argmax(1) == labels).sum()
             self.totals += torch.stack([loss.double() * len(labels), correct.double()])
 
-    def _short_step(self, batch: Tensor) -> None:
-        """`_step` of the last batch, once an epoch: too seldom to search for cuDNN's fastest algorithms for its shape."""
-        cudnn = torch.backends.cudnn
-        search, cudnn.benchmark = cudnn.benchmark, False
-        try:
-            self._step(batch)
-        finally:
-            cudnn.benchmark = search
-
     def _graphed(self, step: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         """Record the whole step once as a CUDA graph; the warm-up steps are undone."""
         static = torch.zeros(4, self.recipe.batch_size, dtype=torch.int64, device=self.device.device)
@@ -214,7 +205,7 @@ class Trainer:
         self.totals.zero_()
         batches = draws(self.n, self.recipe, self.seed, self.attempt, self.epoch).to(self.device.device)
         for batch in split(batches, self.recipe.batch_size):
-            (self.full_step if batch.shape[1] == self.recipe.batch_size else self._short_step)(batch)
+            (self.full_step if batch.shape[1] == self.recipe.batch_size else self._step)(batch)
         loss, correct = (self.totals / self.n).tolist()  # the epoch's one device-to-host synchronisation
         self.epoch += 1
         self.history.append({"epoch": self.epoch, "lr": lr, "loss": loss, "accuracy": correct})
