@@ -2,6 +2,7 @@
 
     python -m analysis.cells --settings resnet20-cifar10-badnets --defenses scan --seeds 1 2 --jobs 4 --time-limit 1500
     python -m analysis.cells --settings quick --defenses random_filter --seeds 42 --export-only
+    python -m analysis.cells --settings quick --defenses scan --seeds 1 2 3 --up-to extract   # for analysis.proving_ground
 
 The commands are those of dvc.yaml, and so are the paths: brought back to a checkout with the same params.yaml, the
 artifacts of a cell enter DVC's cache with `dvc commit -f dvc.yaml`. A stage is run again only if its command, its
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from analysis import grid
-from analysis.tasks import Runner, current_commit, tasks_of
+from analysis.tasks import Runner, current_commit, tasks_of, up_to
 from stages.lib.errors import UserError
 
 
@@ -67,6 +68,9 @@ def main() -> int:
     options.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON files")
     options.add_argument("--commit", help="recorded with the results; default: that of this checkout")
     options.add_argument("--dump", action="store_true", help="export the scores and the truth too, seed<k>.npz")
+    options.add_argument(
+        "--up-to", metavar="STAGE", help="run this stage of dvc.yaml and what it needs; export nothing"
+    )
     options.add_argument("--export-only", action="store_true", help="run nothing")
     args = options.parse_args()
     cells = [(s, d, k) for s in args.settings for k in args.seeds for d in args.defenses]
@@ -79,10 +83,12 @@ def main() -> int:
 
         unfinished = set()
         if not args.export_only:
-            tasks = tasks_of(cells)
+            tasks = up_to(tasks_of(cells), args.up_to) if args.up_to else tasks_of(cells)
             with nvidia_mps() if args.mps else contextlib.nullcontext():
                 outcome = Runner(args.jobs, time.monotonic() + args.time_limit).run(tasks)
             bad = {command for command, how in outcome.items() if how not in ("done", "ran")}
+            if args.up_to:
+                return 2 if bad else 0
             unfinished = {cell for cell in cells if bad & tasks_of([cell]).keys()}
         missing, commit = [], args.commit or current_commit()
         for cell in cells:

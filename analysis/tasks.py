@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from stages.lib import params, storage
+from stages.lib.errors import UserError
 
 EXCLUSIVE = ("evaluate",)  # writes the one file that `dvc metrics` reads: one at a time
 STAMPS = Path(".scratch/cells")
@@ -80,6 +81,18 @@ def tasks_of(cells: list[tuple[str, str, int]], path: Path = Path("params.yaml")
     for task in tasks.values():
         task.after = {made_by[file] for file in task.deps if file in made_by}
     return tasks
+
+
+def up_to(tasks: dict[str, Task], name: str) -> dict[str, Task]:
+    """Those of the stage with this name, and what they need. `UserError` if there is none."""
+    names = sorted({task.name for task in tasks.values()})
+    if name not in names:
+        raise UserError(f"no stage is called {name!r}; use one of {', '.join(names)}")
+    needed, waiting = set(), {command for command, task in tasks.items() if task.name == name}
+    while waiting:
+        needed |= waiting
+        waiting = set().union(*(tasks[command].after for command in waiting)) - needed
+    return {command: task for command, task in tasks.items() if command in needed}
 
 
 def block(values: dict, dotted: str):

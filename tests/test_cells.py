@@ -91,6 +91,21 @@ def test_computes_exports_and_resumes(clone):
     assert status == 0 and output.count("start") == 1, "a lost file is made again, and being the same, nothing else"
 
 
+def test_victims_alone(clone):
+    words = ["--defenses", "random_filter", "scan", "--seeds", "2", "--up-to"]
+    status, output = run(clone, *words, "extract")
+    assert status == 0, output
+    assert sorted(path.name for path in (clone.folder / "artifacts/tiny/seed2").glob("*.*t")) == ["victim.pt"]
+    assert (clone.folder / "artifacts/tiny/seed2/features.h5").exists()
+    assert not (clone.folder / "results/tiny/random_filter/seed2.json").exists()
+    status, output = run(clone, *words, "victim")
+    assert status == 1 and "no stage is called 'victim'; use one of evaluate, " in output and output.count("\n") == 1
+    status, output = run(clone, *words, "extract", "--time-limit", "0")
+    assert status == 0 and "start" not in output, "all done"
+    status, output = run(clone, *words, "score", "--time-limit", "0")
+    assert status == 2 and "start" not in output
+
+
 def test_the_artifacts_enter_the_cache_of_dvc(clone):
     clone.git("checkout", "-q", "params.yaml")
     run(clone, "--defenses", "confidence_filter")
