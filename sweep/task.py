@@ -139,7 +139,8 @@ def copy(code: Code, parameters: str):
 
     try:
         with tarfile.open(fileobj=io.BytesIO(code.archive)) as archive:
-            archive.extractall(folder, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not in Python before 3.11.4 (Debian 12)
+            archive.extractall(folder)
         (folder / "params.yaml").write_text(parameters)
         (folder / ".dvc/config.local").write_text(code.config)
         if code.shared:
