@@ -26,6 +26,8 @@ from analysis import grid
 from analysis.tasks import Runner, current_commit, tasks_of, up_to
 from stages.lib.errors import UserError
 
+MPS_QUIT_SECONDS = 60.0
+
 
 @contextlib.contextmanager
 def nvidia_mps() -> Iterator[None]:
@@ -37,7 +39,8 @@ def nvidia_mps() -> Iterator[None]:
     if taken := [variable for variable in variables if variable in os.environ]:
         raise UserError(f"--mps: {taken[0]} is set, so MPS seems to run already; leave --mps out to use it")
     # What it says goes to a file: the daemon might hold a pipe open for as long as it runs.
-    with tempfile.TemporaryDirectory(prefix="mps-") as folder, tempfile.TemporaryFile("w+") as said:
+    folders = tempfile.TemporaryDirectory(prefix="mps-", ignore_cleanup_errors=True)  # the daemon may still write there
+    with folders as folder, tempfile.TemporaryFile("w+") as said:
         os.environ |= dict.fromkeys(variables, folder)
         try:
             if status := subprocess.run([control, "-d"], stdout=said, stderr=said).returncode:
@@ -47,7 +50,10 @@ def nvidia_mps() -> Iterator[None]:
             try:
                 yield
             finally:
-                subprocess.run([control], input="quit\n", text=True, stdout=subprocess.DEVNULL, timeout=60)
+                with contextlib.suppress(subprocess.TimeoutExpired):  # what was computed is exported all the same
+                    subprocess.run(
+                        [control], input="quit\n", text=True, stdout=subprocess.DEVNULL, timeout=MPS_QUIT_SECONDS
+                    )
         finally:
             for variable in variables:
                 del os.environ[variable]

@@ -145,18 +145,21 @@ if words == ["-d"]:
     if {refuses}:
         sys.exit("An instance of this daemon is already running")
     subprocess.Popen(["/bin/sleep", "30"], start_new_session=True)  # a daemon that keeps what it was given open
+elif {hangs}:
+    import time
+    time.sleep(60)
 """
 
 
 @pytest.fixture
 def control(tmp_path, monkeypatch):
-    """A stand-in for NVIDIA's program on the path; ``control(refuses)`` writes it, and its log tells what it was asked."""
+    """A stand-in for NVIDIA's program on the path; ``control()`` writes it, and its log tells what it was asked."""
     for variable in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
         monkeypatch.delenv(variable, raising=False)
 
-    def write(refuses=False):
+    def write(refuses=False, hangs=False):
         program, log = tmp_path / "nvidia-cuda-mps-control", tmp_path / "log"
-        program.write_text(CONTROL.format(python=sys.executable, log=str(log), refuses=refuses))
+        program.write_text(CONTROL.format(python=sys.executable, log=str(log), refuses=refuses, hangs=hangs))
         program.chmod(0o755)
         return log
 
@@ -174,6 +177,14 @@ def test_mps_runs_for_what_is_inside_and_no_longer(control, error):
             raise error
     assert log.read_text() == f"-d {folder} True\nquit {folder} True\n"
     assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ and not Path(folder).exists()
+
+
+def test_mps_that_does_not_end_keeps_nothing_from_being_exported(control, monkeypatch):
+    log = control(hangs=True)
+    monkeypatch.setattr(cells, "MPS_QUIT_SECONDS", 2.0)
+    with cells.nvidia_mps():
+        pass
+    assert "quit" in log.read_text() and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
 
 
 def test_mps_that_cannot_be_had_is_one_line(control, monkeypatch, refuses):
