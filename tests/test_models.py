@@ -72,6 +72,43 @@ def test_spatial_sizes_of_mobilenetv2():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("in_channels, channels, size", [(16, 16, 32), (3, 8, 4)])
+def test_a_convolution_on_four_columns_at_a_time_is_the_convolution(in_channels, channels, size):
+    conv = models._Conv3x3(in_channels, channels).double()
+    assert conv.narrow and not models._Conv3x3(32, 32).narrow and not models._Conv3x3(16, 16, stride=2).narrow
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, in_channels, 5, size, generator=generator, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    direction = torch.randn(2, channels, 5, size, generator=generator, dtype=torch.float64)
+    results = []
+    for forward in (conv.forward, conv.forward_folded):
+        out = forward(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        results.append([out, *torch.autograd.grad(out, [x, conv.weight], direction)])
+    for plain, folded in zip(*results, strict=True):
+        torch.testing.assert_close(folded, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_compiled_rectifier_keeps_its_result_and_gives_the_same_derivative():
+    rectifier, graphs = models._ReLU6(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(rectifier, backend=backend)
+    values = torch.tensor([-float("inf"), -1, 0, 1e-9, 3, 6 - 1e-6, 6, 7, float("inf"), float("nan")])
+    results = []
+    for forward in (rectifier, compiled):
+        x = values.clone().requires_grad_()
+        out = forward(x * 1)  # it works in place, and a leaf must not be written to
+        out.backward(torch.arange(1.0, 11))
+        results.append((out.detach(), x.grad))
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=0, atol=0, equal_nan=True)
+    assert len(graphs) == 1 and "relu6" not in graphs[0] and "hardtanh" not in graphs[0]
+
+
 def test_too_small_images_are_refused():
     with pytest.raises(UserError, match="vgg16bn needs images of at least 32 pixels a side, got 16"):
         models.build("vgg16bn", 3, 10, 16, seed=0)

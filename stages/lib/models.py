@@ -11,6 +11,62 @@ from torch import Tensor, nn
 from stages.lib.errors import UserError
 
 
+class _ClampTo6(torch.autograd.Function):
+    """ReLU6 whose derivative is read off its result, which the next convolution keeps anyway. Inductor's own computes the
+    batch normalisation before it once more, writes it out in float32 and reads it twice."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        result = x.clamp(0, 6)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return torch.where((result <= 0) | (result >= 6), 0, gradient)
+
+
+class _ReLU6(nn.ReLU6):
+    def __init__(self):
+        super().__init__(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ClampTo6.apply(x) if torch.compiler.is_compiling() else super().forward(x)
+
+
+class _Conv3x3(nn.Conv2d):
+    """3 x 3, padding 1, no bias. Compiled for a GPU, a narrow one (under 32 channels in and out) is computed on four columns
+    at a time: the same sums, in matrix products of a width that the tensor cores are made for."""
+
+    COLUMNS = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+        super().__init__(in_channels, channels, 3, stride, 1, bias=False)
+        self.narrow = stride == 1 and max(in_channels, channels) < 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.narrow and x.is_cuda and torch.compiler.is_compiling() and x.shape[3] % self.COLUMNS == 0:
+            return self.forward_folded(x)
+        return super().forward(x)
+
+    def forward_folded(self, x: Tensor) -> Tensor:
+        """What `forward` gives. In channels-last memory neighbouring columns lie one after the other, so that a view makes
+        channels of them: (B, C, H, W) is (B, 4C, H, W / 4), and the kernel over them is the same taps and zeros."""
+        columns, zero = self.COLUMNS, torch.zeros_like(self.weight[..., 0])
+        kernel = []
+        for column_out in range(columns):
+            blocks = []
+            for column_in in range(columns):
+                taps = [columns * step + column_in - column_out + 1 for step in (-1, 0, 1)]
+                blocks.append(torch.stack([self.weight[..., tap] if 0 <= tap <= 2 else zero for tap in taps], dim=3))
+            kernel.append(torch.cat(blocks, dim=1))
+        batch, channels, height, width = x.shape
+        x = x.permute(0, 2, 3, 1).reshape(batch, height, width // columns, columns * channels).permute(0, 3, 1, 2)
+        out = F.conv2d(x, torch.cat(kernel).contiguous(memory_format=torch.channels_last), padding=1)
+        return out.permute(0, 2, 3, 1).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
 class _Network(nn.Module):
     n_features: int
 
@@ -27,9 +83,9 @@ class _Network(nn.Module):
 class _BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.conv1 = _Conv3x3(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.conv2 = _Conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
         self.new_channels = channels - in_channels
@@ -103,11 +159,11 @@ class _InvertedResidual(nn.Module):
         hidden = in_channels * expansion
         layers = []
         if expansion > 1:
-            layers += [nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+            layers += [nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), _ReLU6()]
         layers += [
             nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
             nn.BatchNorm2d(hidden),
-            nn.ReLU6(inplace=True),
+            _ReLU6(),
         ]
         layers += [nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels)]
         self.layers = nn.Sequential(*layers)
@@ -128,7 +184,7 @@ class MobileNetV2(_Network):
     def __init__(self, in_channels: int, n_classes: int):
         super().__init__()
         layers, width = (
-            [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6(inplace=True)],
+            [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), _ReLU6()],
             32,
         )
         for expansion, channels, repeats, stride in (
@@ -140,7 +196,7 @@ class MobileNetV2(_Network):
         layers += [
             nn.Conv2d(width, self.n_features, 1, bias=False),
             nn.BatchNorm2d(self.n_features),
-            nn.ReLU6(inplace=True),
+            _ReLU6(),
         ]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(self.n_features, n_classes)

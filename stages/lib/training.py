@@ -141,7 +141,8 @@ class Trainer:
         # The short last batch has a shape of its own: it runs as it is, since compiling it again would cost more.
         self.full_step: Callable[[Tensor], None] = self._step
         if device.compile:
-            compiled = torch.compile(self.model, dynamic=False)
+            # Hundreds of casts, counters and sums are less work than a launch each: several of them share a kernel.
+            compiled = torch.compile(self.model, dynamic=False, options={"combo_kernels": True})
             self.full_step = lambda batch: self._step(batch, compiled)
         if on_gpu and self.n >= recipe.batch_size:
             self.full_step = self._graphed(self.full_step)
