@@ -116,8 +116,10 @@ def test_the_graph_of_a_step_does_what_the_step_does(precision, compiled, monkey
             resumed.load_state_dict(graphed.state_dict())
         for trainer in (graphed, eager, resumed)[: 3 if epoch else 2]:
             trainer.run_epoch()
-    assert [row["loss"] for row in graphed.history] == pytest.approx([row["loss"] for row in eager.history], rel=0.05)
-    for other in (resumed,) if compiled else (eager, resumed):  # compiled code rounds otherwise
+    # Compiled code rounds otherwise, which these few rows amplify: by 0.065 in the second epoch on an H200.
+    losses = [[row["loss"] for row in trainer.history] for trainer in (graphed, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2 if compiled else 0.05)
+    for other in (resumed,) if compiled else (eager, resumed):
         for name, tensor in graphed.model.state_dict().items():
             torch.testing.assert_close(
                 other.model.state_dict()[name], tensor, rtol=1e-2, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
@@ -125,6 +127,25 @@ def test_the_graph_of_a_step_does_what_the_step_does(precision, compiled, monkey
     start = ARCHITECTURE.build(stream(3, "training", 0, "weights")).state_dict()["stem.0.weight"]
     moved = (graphed.model.state_dict()["stem.0.weight"].cpu() - start).abs().max()
     assert moved > 5e-3, "by no more than the tolerance"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("network", models.NETWORKS)
+def test_compiled_for_a_gpu_has_the_gradient_of_eager(network, monkeypatch):
+    """In full precision, where nothing but the order of sums differs: by 5e-5 (ResNet-20) to 1.4e-3 (VGG-16-BN) of its
+    length on an H200; bf16 moves it by 1.4e-2 to 9e-2, compiled or not."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 3, 32, 32, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (128,), generator=generator).cuda()
+    gradients = []
+    for compiled in (False, True):
+        model = models.build(network, 3, 10, 32, seed=0).cuda().to(memory_format=torch.channels_last)
+        forward = training.compiled(model) if compiled else model
+        F.cross_entropy(forward(x), labels).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 5e-3 * gradients[0].norm()
 
 
 class StandInStream:

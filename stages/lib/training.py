@@ -98,6 +98,12 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images.to(mean.dtype) - mean) / std).permute(0, 3, 1, 2)
 
 
+def compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, compiled for batches of one shape. Hundreds of casts, counters and sums are less work than a launch each:
+    several of them share a kernel."""
+    return torch.compile(model, dynamic=False, options={"combo_kernels": True})
+
+
 class Trainer:
     """One attempt at one training; its state can be saved after any epoch and loaded again.
 
@@ -141,9 +147,8 @@ class Trainer:
         # The short last batch has a shape of its own: it runs as it is, since compiling it again would cost more.
         self.full_step: Callable[[Tensor], None] = self._step
         if device.compile:
-            # Hundreds of casts, counters and sums are less work than a launch each: several of them share a kernel.
-            compiled = torch.compile(self.model, dynamic=False, options={"combo_kernels": True})
-            self.full_step = lambda batch: self._step(batch, compiled)
+            forward = compiled(self.model)
+            self.full_step = lambda batch: self._step(batch, forward)
         if on_gpu and self.n >= recipe.batch_size:
             self.full_step = self._graphed(self.full_step)
 
