@@ -12,8 +12,8 @@ import torch
 from stages.lib.errors import UserError
 from stages.lib.runtime import Runtime
 
-# Full steps from which compiling for a GPU pays, if the three trainings of a cell share it: 38 s for ResNet-20 and 0.44 ms
-# gained a step, 39 s and 0.65 ms for VGG-16-BN, 88 s and 1.13 ms for MobileNetV2 (one H200, benchmarks/README.md).
+# Full steps from which compiling for a GPU pays, if the three trainings of a cell share it: 38 to 57 s for ResNet-20 and 0.59
+# ms gained a step, 39 to 59 s and 0.64 ms for VGG-16-BN, 88 to 96 s and 1.52 ms for MobileNetV2 (one H200, benchmarks/README.md).
 COMPILE_STEPS = 30_000
 # mallopt(3) parameters of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
