@@ -53,17 +53,13 @@ class _Conv3x3(nn.Conv2d):
     def forward_folded(self, x: Tensor) -> Tensor:
         """What `forward` gives. In channels-last memory neighbouring columns lie one after the other, so that a view makes
         channels of them: (B, C, H, W) is (B, 4C, H, W / 4), and the kernel over them is the same taps and zeros."""
-        columns, zero = self.COLUMNS, torch.zeros_like(self.weight[..., 0])
-        kernel = []
-        for column_out in range(columns):
-            blocks = []
-            for column_in in range(columns):
-                taps = [columns * step + column_in - column_out + 1 for step in (-1, 0, 1)]
-                blocks.append(torch.stack([self.weight[..., tap] if 0 <= tap <= 2 else zero for tap in taps], dim=3))
-            kernel.append(torch.cat(blocks, dim=1))
+        columns = self.COLUMNS
+        # Per column that is written: the taps where they lie among the 3 x 4 columns that are read.
+        kernel = torch.stack([F.pad(self.weight, (columns - 1 + c, 2 * columns - 2 - c)) for c in range(columns)])
+        kernel = kernel.unflatten(4, (3, columns)).permute(0, 1, 5, 2, 3, 4).flatten(2, 3).flatten(0, 1)
         batch, channels, height, width = x.shape
         x = x.permute(0, 2, 3, 1).reshape(batch, height, width // columns, columns * channels).permute(0, 3, 1, 2)
-        out = F.conv2d(x, torch.cat(kernel).contiguous(memory_format=torch.channels_last), padding=1)
+        out = F.conv2d(x, kernel.contiguous(memory_format=torch.channels_last), padding=1)
         return out.permute(0, 2, 3, 1).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
