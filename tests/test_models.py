@@ -1,5 +1,7 @@
 """Golden facts of the networks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -107,6 +109,32 @@ def test_the_compiled_rectifier_keeps_its_result_and_gives_the_same_derivative()
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(other, plain, rtol=0, atol=0, equal_nan=True)
     assert len(graphs) == 1 and "relu6" not in graphs[0] and "hardtanh" not in graphs[0]
+
+
+@pytest.mark.parametrize("expansion", [1, 6])
+def test_a_bottleneck_computed_again_gives_the_same_bits_and_keeps_less(expansion):
+    torch.manual_seed(0)
+    again = models._InvertedResidual(4, 4, 1, expansion).train()
+    kept = copy.deepcopy(again)
+    kept.layers = nn.Sequential(*kept.layers)
+    x, direction = torch.randn(8, 4, 6, 6), torch.randn(8, 4, 6, 6)
+    results, sizes = [], []
+    for block in (kept, again):
+        leaf, saved = x.clone().requires_grad_(), []
+
+        def remember(tensor, saved=saved):
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            out = block(leaf)
+        out.backward(direction)
+        gradients = [parameter.grad for parameter in block.parameters()]
+        results.append([out, leaf.grad, *gradients, *block.state_dict().values()])
+        sizes.append(sum(saved))
+    for plain, other in zip(*results, strict=True):
+        assert torch.equal(other, plain)
+    assert sizes[1] < sizes[0] / 2  # autograd's part; beside it the inputs of the parts, which the block before keeps anyway
 
 
 def test_too_small_images_are_refused():

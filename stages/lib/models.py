@@ -7,6 +7,7 @@ logits; ``forward`` is the two in a row. Input: float (B, channels, H, W), norma
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stages.lib.errors import UserError
 
@@ -149,6 +150,37 @@ class VGG16BN(_Network):
         return self.layers(x).mean((2, 3))  # 1 x 1 for 32 x 32 images
 
 
+class _Bottleneck(nn.Sequential):
+    """Convolutions with batch normalisation and ReLU6 between them. Trained on a CPU, what they make on the way to the
+    depthwise convolution and on to the last one is not kept for the backward pass, but computed again, bit for bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        recomputes = x.device.type == "cpu" and self.training and torch.is_grad_enabled()
+        if not recomputes or torch.compiler.is_compiling():
+            return super().forward(x)
+        *layers, last = self
+        for part in filter(None, (layers[:4], layers[4:])):
+            x = checkpoint(_Twice(part), x, use_reentrant=False, preserve_rng_state=False)
+        return last(x)
+
+
+class _Twice:
+    """Layers in a row that are run once more by the backward pass, which leaves running statistics as they are."""
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers, self.again = layers, False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.again and isinstance(layer, nn.BatchNorm2d):
+                running = layer.running_mean, layer.running_var
+                x = F.batch_norm(x, *running, layer.weight, layer.bias, training=True, momentum=0, eps=layer.eps)
+            else:
+                x = layer(x)
+        self.again = True
+        return x
+
+
 class _InvertedResidual(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int):
         super().__init__()
@@ -162,7 +194,7 @@ class _InvertedResidual(nn.Module):
             _ReLU6(),
         ]
         layers += [nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = _Bottleneck(*layers)
         self.identity = stride == 1 and in_channels == channels
 
     def forward(self, x: Tensor) -> Tensor:
