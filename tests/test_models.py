@@ -74,6 +74,19 @@ def test_spatial_sizes_of_mobilenetv2():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("network", models.NETWORKS)
+@pytest.mark.parametrize("size, first", [(32, 32), (63, 63), (64, 32), (96, 48)])
+def test_large_images_are_halved_by_the_first_convolution(network, size, first):
+    model, sizes = models.build(network, 3, 10, size, seed=0).eval(), []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, given, out: sizes.append((*given[0].shape[2:], *out.shape[2:])))
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, size, size))
+    assert sizes[0] == (size, size, first, first)
+    assert sizes[1] == (first, first, first, first), "it alone"
+
+
 @pytest.mark.parametrize("in_channels, channels, size", [(16, 16, 32), (3, 8, 4)])
 def test_a_convolution_on_four_columns_at_a_time_is_the_convolution(in_channels, channels, size):
     conv = models._Conv3x3(in_channels, channels).double()
@@ -134,7 +147,8 @@ def test_a_bottleneck_computed_again_gives_the_same_bits_and_keeps_less(expansio
         sizes.append(sum(saved))
     for plain, other in zip(*results, strict=True):
         assert torch.equal(other, plain)
-    assert sizes[1] < sizes[0] / 2  # autograd's part; beside it the inputs of the parts, which the block before keeps anyway
+    # Autograd's part; beside it the inputs of the parts, the first of which the block before keeps anyway.
+    assert sizes[1] < sizes[0] / 2
 
 
 def test_too_small_images_are_refused():
