@@ -46,7 +46,8 @@ def main(args) -> None:
         architecture = Architecture(model.network, poisoned.n_classes, poisoned.image_size, poisoned.mean, poisoned.std)
         # By all rows, not the kept ones: victim, oracle and retraining are compiled or not, all alike.
         where = device.decide(runtime.load(), recipe.epochs * (poisoned.index.n // recipe.batch_size))
-        title = {ALL: "victim", CLEAN: "oracle"}.get(args.rows, "retrained")
+        first = "victim" if poisoned.index.poisoned.any() else "model"  # of a folder that is audited nothing is known
+        title = {ALL: first, CLEAN: "oracle"}.get(args.rows, "retrained")
         print(f"{title}: {model.network} on {len(rows)} rows, {recipe.epochs} epochs, {where}", flush=True)
         conditions = {
             "n_rows": len(rows),

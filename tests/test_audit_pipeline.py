@@ -77,13 +77,16 @@ def clone(tmp_path_factory):
 
 def test_which_stages_run(clone):
     def ran(*words):
-        return re.findall(r"Running stage 'analysis/dvc.yaml:(\w+)'", clone.dvc(*words))
+        said.append(clone.dvc(*words))
+        return re.findall(r"Running stage 'analysis/dvc.yaml:(\w+)'", said[-1])
 
+    said = []
     chain = ["audit_prepare", "audit_train", "audit_extract", "audit"]
     target = "analysis/dvc.yaml:audit"
     path = f"settings.own.data.path='{clone.images}'"
     assert "Running stage 'prepare'" in clone.dvc("repro", "--dry", "prepare"), "the root is valid without the folder"
     assert ran("exp", "run", "-S", path, target) == chain
+    assert "\nmodel: resnet20 on 36 rows, 1 epochs, " in said[-1], "nobody knows of a victim"
     out = clone.folder / "artifacts/audit/seed1/whitened_mixture"
     assert json.loads((out / "summary.json").read_text())["rows"] == 36
     assert len((out / "suspects.csv").read_text().splitlines()) == 37
