@@ -65,6 +65,7 @@ ABLATIONS: dict[str, dict] = {
     "halves not split again": {"_MIN_HALF": 10**12},
     "one component a half": {"_FINER": ()},
     "numbers of components weigh the same": {"_COUNT_ERROR": 1e9},
+    "no discriminant": {"_discriminated": lambda values, log_odds, expected: log_odds},
     "best hypothesis alone": {"_NEGLIGIBLE": -1e-9},
     "no oddness": {"_WEIGHTS": {"oddness": 0.0}},
     "no separation": {"_WEIGHTS": {"separation": 0.0}},

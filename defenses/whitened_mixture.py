@@ -17,6 +17,8 @@ each other and from the halves of other classes more than natural sub-classes do
    model averaging, Hoeting et al. 1999, Statistical Science 14:382), the larger half described by one, two
    and three components (mixture discriminant analysis, Hastie & Tibshirani 1996, JRSS B 58:155), weighed by how near
    the number of rows then comes to the surplus or the known number. Rows of other classes follow.
+5. Order the rows of a suspected class by the linear discriminant (Fisher 1936, Annals of Eugenics 7:179) between its two
+   halves as they are then, with their own covariance or that of the other classes: whichever sets them further apart.
 
 Departures: SCAn needs clean data and gives both halves one covariance; here no row is known to be clean and each half
 has its own. SPECTRE needs poison to be the minority of its class; here neither half is the background by its size.
@@ -28,6 +30,7 @@ import numbers
 import numpy as np
 from scipy.linalg import eigh
 from scipy.linalg.lapack import dpotri
+from sklearn.isotonic import isotonic_regression
 from threadpoolctl import threadpool_limits
 
 _DIRECTIONS = 32  # of a class, for the mixture. With 8 the likeliest split was often not the poison; with 32 it was
@@ -58,6 +61,8 @@ _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it ma
 _FEWER = 0.4  # of the class: a half that holds so many rows fewer than are poisoned may be one of several targets
 _UNSHARED = 2.0  # what that costs at most
 _MISSING = 0.15  # of the known number of rows: with so few left to explain, no further class is suspected
+_FOLDS = 10  # of the rows of a class, for the linear discriminant
+_FAR_OFF = 4.0  # times the expected number: where the mixture finds so many rows, or so few, that number is wrong
 _CLOSE = 2.0  # hypotheses about a class whose evidence differs by less are both possible
 _NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the average
 # Smallest scale of each of the statistics of a half (see `_look`), for victims with few or very similar classes.
@@ -124,10 +129,11 @@ class BackdoorDefense:
         white = np.empty((n_samples, basis.shape[1]), np.float32)
         for block, x in _blocks(features):
             white[block] = (x - self.means_[self.of_class_[block]]) @ basis
+        self.white_ = white  # (N, up to 128) float32
         by_class = np.split(np.argsort(self.of_class_, kind="stable"), np.cumsum(self.sizes_)[:-1])
         # In an order of their own, so that nothing depends on the order in which the rows came.
         self.rows_ = [rows[np.lexsort(white[rows, :2].T)] if basis.shape[1] else rows for rows in by_class]
-        self.coordinates_ = [_class_coordinates(white[rows], len(rows) / n_samples) for rows in self.rows_]
+        self.coordinates_ = [self._directions(c)[:, :_DIRECTIONS].copy() for c in range(len(self.classes_))]
         return self
 
     @threadpool_limits.wrap(limits=1, user_api="blas")
@@ -164,16 +170,19 @@ class BackdoorDefense:
             rows = self.rows_[c]
             share = self.n_poisoned_ / len(rows) if self.n_poisoned_ and suspected == [c] else None
             hypotheses = of_class[c] if c in (suspected or order[:1]) else [best[c]]
-            log_odds = _average(
-                self.coordinates_[c], splits, hypotheses, share, self._expected(len(rows), suspected == [c])
-            )
+            expected = self._expected(len(rows), suspected == [c])
+            log_odds = _average(self.coordinates_[c], splits, hypotheses, share, expected)
             if c in suspected:
+                log_odds = _discriminated(self._directions(c), log_odds, expected)
                 self.n_suspected_ += int((log_odds > 0).sum())
                 scores[rows] = log_odds
             else:  # log-odds of "the class is a target and the row is poison", with little credit for the class
                 log_p = -np.logaddexp(0, -log_odds) + min(best[c][0] - reference, 0) - 5
                 scores[rows] = log_p - np.log(-np.expm1(log_p))
         return scores
+
+    def _directions(self, c):
+        return _class_coordinates(self.white_[self.rows_[c]], len(self.rows_[c]) / len(self.labels_))
 
     def _nested(self, splits, best):
         """Splits of both halves of the best split of each class; the rows beside that half are a third part.
@@ -372,7 +381,7 @@ def _whitener(scatter, degrees):
 
 
 def _class_coordinates(white, share):
-    """(n, k): a class along its largest directions, in units of the standard deviation that other classes have there.
+    """(n, q): a class along its directions, the largest first, in units of the deviation that other classes have there.
 
     white: (n, q), centred and whitened by the pooled covariance P. The eigenvectors of a class's covariance A against P
     are those against P - share * A, the other classes' part; an eigenvalue m becomes m (1 - share) / (1 - share m). So one
@@ -382,7 +391,7 @@ def _class_coordinates(white, share):
     if not white.shape[1]:
         return white
     variances, directions = eigh(white.T @ white / len(white))
-    variances, directions = variances[::-1][:_DIRECTIONS], directions[:, ::-1][:, :_DIRECTIONS]
+    variances, directions = variances[::-1], directions[:, ::-1]
     return white @ directions * np.sqrt((1 - share) / np.maximum(1 - share * variances, 1e-2))
 
 
@@ -600,9 +609,7 @@ def _average(values, splits, hypotheses, share, expected):
         refined = _settle(design, finer, share).reshape(len(ends), len(_FINER), design.n)
         for same, odds in zip(ends.values(), refined, strict=True):
             odds = np.concatenate([log_odds[same[:1]], odds])
-            number, deviation = expected or (0, np.inf)
-            weights = -np.log1p((((odds > 0).sum(axis=1) - number) / deviation) ** 2)  # t with one degree of freedom
-            log_odds[same] = _mean_log_odds(odds, weights[:, None])
+            log_odds[same] = _mean_log_odds(odds, _nearness(odds, expected))
     return _mean_log_odds(log_odds, np.array([evidence - strongest for evidence, _, _ in hypotheses])[:, None])
 
 
@@ -610,6 +617,13 @@ def _mean_log_odds(log_odds, weights):
     """Log-odds (n,) of the mean probability, from log-odds (r, n) and log-weights (r, 1)."""
     yes, no = (np.logaddexp.reduce(weights - np.logaddexp(0, odds)) for odds in (-log_odds, log_odds))
     return yes - no
+
+
+def _nearness(log_odds, expected):
+    """Log-weights (r, 1) of log-odds (r, n): how near the rows above 0 come to the expected number, if there is one."""
+    number, deviation = expected or (0, np.inf)
+    off = ((log_odds > 0).sum(axis=1, keepdims=True) - number) / deviation
+    return -np.log1p(off**2)  # t with one degree of freedom
 
 
 def _settle(design, starts, share, steps=_LONG_RUN):
@@ -641,6 +655,53 @@ def _finer(values, poisoned, pieces):
         of_large += [up, piece & ~up]
     ordered = [small, *of_large] if large is poisoned else [*of_large, small]  # the poison is the last
     return 0.05 + 0.9 * np.array(ordered), pieces if large is poisoned else 1
+
+
+def _discriminated(values, log_odds, expected):
+    """Log-odds (n,) in the order of a linear discriminant between the two halves of a class.
+
+    values: (n, q), all directions of the class. A mixture bends around single rows at the outskirts of its halves; a plane
+    cannot. Of two planes the one is taken along which two components promise fewer errors, for rows it was not fitted to. The
+    log-odds along it are averaged with those given, and go to the rows in its order.
+    """
+    n, count = len(log_odds), int((log_odds > 0).sum())
+    size = round(expected[0]) if expected else count
+    if not (2 <= size <= n - 2 and 1 / _FAR_OFF < count / size < _FAR_OFF):
+        return log_odds
+    ranks = np.argsort(np.argsort(-log_odds, kind="stable"), kind="stable")
+    up = ranks < size
+    unseen = np.empty((2, n))
+    for fold in range(_FOLDS):
+        left_out = ranks % _FOLDS == fold
+        unseen[:, left_out] = _along_discriminants(values[~left_out], up[~left_out], values[left_out])
+    fits = []
+    for along, seen in zip(unseen, _along_discriminants(values, up, values), strict=True):
+        order = np.argsort(-along, kind="stable")
+        odds, parts, _ = _em(
+            _Design(along[:, None] / (along.std() + 1e-12)), 0.05 + 0.9 * np.array([[~up, up]]), size / n
+        )
+        # Beyond its own mean a row is no less likely poison.
+        odds[0, order] = isotonic_regression(odds[0, order], increasing=False)
+        fits.append((parts[0, 1, order[:size]].mean(), odds[0], seen))
+    _, odds, seen = max(fits, key=lambda fit: fit[0])
+    odds = np.stack([log_odds, odds])
+    in_order = np.empty(n)
+    in_order[np.argsort(seen, kind="stable")] = np.sort(_mean_log_odds(odds, _nearness(odds, expected)))
+    return in_order
+
+
+def _along_discriminants(values, up, others):
+    """(2, m): other values (m, q) along two linear discriminants between two halves of values (n, q).
+
+    One by the covariance within the halves, which knows that the trigger moves some rows further than others; and one by that
+    of the other classes, here the identity, which owes nothing to rows that are in the wrong half.
+    """
+    means = values[up].mean(axis=0), values[~up].mean(axis=0)
+    within = values - np.where(up[:, None], *means)
+    prior = values.shape[1] + 2  # rows' worth of the identity, as in a component
+    covariance = (within.T @ within + prior * np.eye(values.shape[1])) / (len(values) + prior)
+    apart = means[0] - means[1]
+    return np.stack([np.linalg.solve(covariance, apart), apart]) @ (others - (means[0] + means[1]) / 2).T
 
 
 def _entropy(counts):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from dumps import Dump, planted, recall
 from scipy.stats import multivariate_t
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import defenses
 
@@ -207,6 +208,7 @@ def test_the_expected_number_of_rows_chooses_among_numbers_of_components(monkeyp
     found = []
     for number in (300, 400):
         monkeypatch.setattr(type(defense), "_expected", lambda *_, number=number: (number, 1.0))
+        monkeypatch.setitem(vars(sys.modules[type(defense).__module__]), "_discriminated", lambda _, odds, __: odds)
         defenses.score(defense, dump.features, dump.logits, dump.labels, None, seed=0)
         found.append(defense.n_suspected_)
     assert found[0] < found[1] - 10
@@ -259,6 +261,88 @@ def test_em_side_by_side_is_em_one_component_at_a_time(weight):
     together = module()._em(design, starts, weight, last, tolerance=1e-3)[0]  # each stops at a step of its own
     alone = [module()._em(design, starts[i : i + 1], weight, last[i], tolerance=1e-3)[0][0] for i in range(5)]
     np.testing.assert_allclose(together, alone, rtol=1e-6, atol=1e-9)
+
+
+def without_discriminant(dump, *told, **options):
+    defense = defenses.load(NAME, **options)
+    vars(sys.modules[type(defense).__module__])["_discriminated"] = lambda _, log_odds, __: log_odds
+    scores = defenses.score(defense, dump.features, dump.logits, dump.labels, *told, seed=0)
+    return scores, defense
+
+
+def most_of_a_class_beside_outskirts(seed):
+    """Most of the class is poison and compact; a third of the few clean rows, as of those of other classes, lies far out."""
+    dump = relabelled(0.83, n=12000, d=48, seed=seed, shift=6.0)
+    rng = np.random.default_rng(seed + 7)
+    features = dump.features.copy()
+    far = (rng.random(len(features)) < 0.3) & ~dump.poisoned
+    features[far, :-1] += 1.5 * rng.normal(size=(far.sum(), 47))
+    features[dump.poisoned, :-1] += 0.5 * rng.normal(size=(dump.poisoned.sum(), 47))
+    features[dump.poisoned, -1] *= rng.beta(8, 1, dump.poisoned.sum())
+    return dump._replace(features=features)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_discriminant_puts_right_what_the_mixture_has_bent(seed):
+    dump = most_of_a_class_beside_outskirts(seed)
+    straight, bent = (recall(dump, of(dump, dump.poison_fraction)[0]) for of in (score, without_discriminant))
+    assert straight > bent
+
+
+def test_the_discriminants_are_fishers_and_the_difference_of_the_means():
+    rng = np.random.default_rng(0)
+    up = rng.random(20000) < 0.3
+    values = (rng.normal(size=(20000, 5)) + np.outer(up, [1, 0, 2, 0, 0])) @ rng.normal(size=(5, 5))
+    values *= 100  # large, beside the prior
+    fisher, plain = module()._along_discriminants(values, up, values[:50])
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(values, up).decision_function(values[:50])
+    np.testing.assert_allclose(fisher, theirs - np.log(up.mean() / (~up).mean()), rtol=1e-3, atol=1e-3)
+    first, second = values[up].mean(axis=0), values[~up].mean(axis=0)
+    np.testing.assert_allclose(plain, (values[:50] - (first + second) / 2) @ (first - second))
+
+
+def half_found(n_poisoned, n_clean, spread=1.0, n=1200, seed=0):
+    """Values of a class with sixty poisoned rows, log-odds that find so many of them and so many clean ones, and the truth.
+
+    spread: deviation of all rows along a second direction, in which the halves differ too.
+    """
+    rng = np.random.default_rng(seed)
+    poisoned = np.arange(n) < 60
+    values = rng.normal(size=(n, 6)) + np.outer(poisoned, [9, 0, 0, 0, 0, 0])
+    values[:, 1] = spread * (values[:, 1] + poisoned)
+    found = np.zeros(n, bool)
+    found[:n_poisoned] = found[60 : 60 + n_clean] = True
+    return values, np.where(found, 1, -1) * rng.uniform(1, 9, n), poisoned
+
+
+@pytest.mark.parametrize("expected", [None, (59, 8.0)])
+@pytest.mark.parametrize("n_poisoned, n_clean", [(60, 50), (45, 0), (50, 10)])
+def test_rows_that_the_mixture_put_wrong_come_right(n_poisoned, n_clean, expected):
+    values, log_odds, poisoned = half_found(n_poisoned, n_clean)
+    found = module()._discriminated(values, log_odds, expected)
+    assert poisoned[np.argsort(-found)[:60]].all()
+    if expected:
+        assert abs((found > 0).sum() - 60) <= 2
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_the_covariance_within_the_halves_is_used_where_it_sets_them_apart(spread):
+    values, log_odds, poisoned = half_found(60, 10, spread)  # 30: the difference of the means is along the spread
+    found = module()._discriminated(values, log_odds, (60, 6.0))
+    assert poisoned[np.argsort(-found)[:60]].sum() >= 59
+
+
+@pytest.mark.parametrize("expected", [(20, 1.0), (600, 60.0), (1199, 100.0)])
+def test_a_mixture_far_off_the_expected_number_is_left_alone(expected):
+    values, log_odds, _ = half_found(60, 30)
+    np.testing.assert_array_equal(module()._discriminated(values, log_odds, expected), log_odds)
+
+
+@pytest.mark.parametrize("n_found", [0, 1, 1199, 1200])
+def test_no_halves_no_discriminant(n_found):
+    values, log_odds, _ = half_found(60, 0)
+    log_odds = np.where(np.arange(1200) < n_found, 1.0, -1.0)
+    np.testing.assert_array_equal(module()._discriminated(values, log_odds, None), log_odds)
 
 
 def test_dead_dimensions_change_nothing():
