@@ -17,8 +17,8 @@ each other and from the halves of other classes more than natural sub-classes do
    model averaging, Hoeting et al. 1999, Statistical Science 14:382), the larger half described by one, two
    and three components (mixture discriminant analysis, Hastie & Tibshirani 1996, JRSS B 58:155), weighed by how near
    the number of rows then comes to the surplus or the known number. Rows of other classes follow.
-5. Order the rows of a suspected class by the linear discriminant (Fisher 1936, Annals of Eugenics 7:179) between its two
-   halves as they are then, with their own covariance or that of the other classes: whichever sets them further apart.
+5. Order the rows of a suspected class by these log-odds and by the linear discriminant (Fisher 1936, Annals of Eugenics
+   7:179) between its halves, with their own covariance or that of other classes: whichever sets them further apart.
 
 Departures: SCAn needs clean data and gives both halves one covariance; here no row is known to be clean and each half
 has its own. SPECTRE needs poison to be the minority of its class; here neither half is the background by its size.
@@ -30,7 +30,6 @@ import numbers
 import numpy as np
 from scipy.linalg import eigh
 from scipy.linalg.lapack import dpotri
-from sklearn.isotonic import isotonic_regression
 from threadpoolctl import threadpool_limits
 
 _DIRECTIONS = 32  # of a class, for the mixture. With 8 the likeliest split was often not the poison; with 32 it was
@@ -658,11 +657,12 @@ def _finer(values, poisoned, pieces):
 
 
 def _discriminated(values, log_odds, expected):
-    """Log-odds (n,) in the order of a linear discriminant between the two halves of a class.
+    """Log-odds (n,) averaged with those along a linear discriminant between the two halves of a class.
 
     values: (n, q), all directions of the class. A mixture bends around single rows at the outskirts of its halves; a plane
     cannot. Of two planes the one is taken along which two components promise fewer errors, for rows it was not fitted to. The
-    log-odds along it are averaged with those given, and go to the rows in its order.
+    averages go to the rows in the order of the sum of both, each in units of the distance between the halves: along the
+    plane log-odds hardly grow where the halves end.
     """
     n, count = len(log_odds), int((log_odds > 0).sum())
     size = round(expected[0]) if expected else count
@@ -676,17 +676,14 @@ def _discriminated(values, log_odds, expected):
         unseen[:, left_out] = _along_discriminants(values[~left_out], up[~left_out], values[left_out])
     fits = []
     for along, seen in zip(unseen, _along_discriminants(values, up, values), strict=True):
-        order = np.argsort(-along, kind="stable")
-        odds, parts, _ = _em(
-            _Design(along[:, None] / (along.std() + 1e-12)), 0.05 + 0.9 * np.array([[~up, up]]), size / n
-        )
-        # Beyond its own mean a row is no less likely poison.
-        odds[0, order] = isotonic_regression(odds[0, order], increasing=False)
-        fits.append((parts[0, 1, order[:size]].mean(), odds[0], seen))
+        design = _Design(along[:, None] / (along.std() + 1e-12))
+        odds, parts, _ = _em(design, 0.05 + 0.9 * np.array([[~up, up]]), size / n)
+        fits.append((parts[0, 1, np.argsort(-along, kind="stable")[:size]].mean(), odds[0], seen))
     _, odds, seen = max(fits, key=lambda fit: fit[0])
     odds = np.stack([log_odds, odds])
+    together = sum(one / (one[up].mean() - one[~up].mean() + 1e-12) for one in (log_odds, seen))
     in_order = np.empty(n)
-    in_order[np.argsort(seen, kind="stable")] = np.sort(_mean_log_odds(odds, _nearness(odds, expected)))
+    in_order[np.argsort(together, kind="stable")] = np.sort(_mean_log_odds(odds, _nearness(odds, expected)))
     return in_order
 
 

@@ -302,7 +302,8 @@ def test_the_discriminants_are_fishers_and_the_difference_of_the_means():
 
 
 def half_found(n_poisoned, n_clean, spread=1.0, n=1200, seed=0):
-    """Values of a class with sixty poisoned rows, log-odds that find so many of them and so many clean ones, and the truth.
+    """Values of a class with sixty poisoned rows, log-odds that find so many of them and so many clean ones, less sure of
+    those that are wrong, and the truth.
 
     spread: deviation of all rows along a second direction, in which the halves differ too.
     """
@@ -312,7 +313,8 @@ def half_found(n_poisoned, n_clean, spread=1.0, n=1200, seed=0):
     values[:, 1] = spread * (values[:, 1] + poisoned)
     found = np.zeros(n, bool)
     found[:n_poisoned] = found[60 : 60 + n_clean] = True
-    return values, np.where(found, 1, -1) * rng.uniform(1, 9, n), poisoned
+    log_odds = np.where(found, 1, -1) * np.where(found == poisoned, rng.uniform(3, 9, n), 1)
+    return values, log_odds, poisoned
 
 
 @pytest.mark.parametrize("expected", [None, (59, 8.0)])
@@ -330,6 +332,18 @@ def test_the_covariance_within_the_halves_is_used_where_it_sets_them_apart(sprea
     values, log_odds, poisoned = half_found(60, 10, spread)  # 30: the difference of the means is along the spread
     found = module()._discriminated(values, log_odds, (60, 6.0))
     assert poisoned[np.argsort(-found)[:60]].sum() >= 59
+
+
+def test_what_the_mixture_says_counts_beside_the_discriminant():
+    rng = np.random.default_rng(0)
+    poisoned = np.arange(1200) < 400
+    values = np.where(poisoned[:, None], 0.3, 1.0) * rng.normal(size=(1200, 6)) + np.outer(poisoned, [1.5, 0, 0, 0, 0, 0])
+    centred = values - [1.5, 0, 0, 0, 0, 0]
+    log_odds = ((values**2).sum(axis=1) - (centred**2).sum(axis=1) / 0.3**2) / 2 - 6 * np.log(0.3) - np.log(2)
+    found = module()._discriminated(values, log_odds, (400, 40.0))
+    plane = module()._along_discriminants(values, poisoned, values)
+    missed = [(~poisoned[np.argsort(-scores)[:400]]).sum() for scores in (found, *plane)]
+    assert missed[0] < 0.7 * min(missed[1:])
 
 
 @pytest.mark.parametrize("expected", [(20, 1.0), (600, 60.0), (1199, 100.0)])
