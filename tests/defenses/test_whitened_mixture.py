@@ -337,7 +337,8 @@ def test_the_covariance_within_the_halves_is_used_where_it_sets_them_apart(sprea
 def test_what_the_mixture_says_counts_beside_the_discriminant():
     rng = np.random.default_rng(0)
     poisoned = np.arange(1200) < 400
-    values = np.where(poisoned[:, None], 0.3, 1.0) * rng.normal(size=(1200, 6)) + np.outer(poisoned, [1.5, 0, 0, 0, 0, 0])
+    values = np.where(poisoned[:, None], 0.3, 1.0) * rng.normal(size=(1200, 6))
+    values += np.outer(poisoned, [1.5, 0, 0, 0, 0, 0])
     centred = values - [1.5, 0, 0, 0, 0, 0]
     log_odds = ((values**2).sum(axis=1) - (centred**2).sum(axis=1) / 0.3**2) / 2 - 6 * np.log(0.3) - np.log(2)
     found = module()._discriminated(values, log_odds, (400, 40.0))
