@@ -60,6 +60,7 @@ _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it ma
 _FEWER = 0.4  # of the class: a half that holds so many rows fewer than are poisoned may be one of several targets
 _UNSHARED = 2.0  # what that costs at most
 _MISSING = 0.15  # of the known number of rows: with so few left to explain, no further class is suspected
+_CUT_ERROR = 0.1  # of the rows that are more likely poison than not: how many more there may be
 _FOLDS = 10  # of the rows of a class, for the linear discriminant
 _FAR_OFF = 4.0  # times the expected number: where the mixture finds so many rows, or so few, that number is wrong
 _CLOSE = 2.0  # hypotheses about a class whose evidence differs by less are both possible
@@ -173,6 +174,8 @@ class BackdoorDefense:
             log_odds = _average(self.coordinates_[c], splits, hypotheses, share, expected)
             if c in suspected:
                 log_odds = _discriminated(self._directions(c), log_odds, expected)
+                if self.n_poisoned_ is None:
+                    log_odds = _raised(log_odds, expected)
                 self.n_suspected_ += int((log_odds > 0).sum())
                 scores[rows] = log_odds
             else:  # log-odds of "the class is a target and the row is poison", with little credit for the class
@@ -287,14 +290,13 @@ class BackdoorDefense:
         return (n - usual) / (1 + 1 / max(len(self.sizes_) - 1, 1)), scale  # the others have lost what this one won
 
     def _expected(self, n, alone):
-        """Poisoned rows of a suspected class of n rows, and the deviation of that number; None if nothing tells them."""
+        """Least and most poisoned rows of a suspected class of n rows, and the deviation of both; None if nothing tells."""
         if alone and self.n_poisoned_ is not None:
-            number, deviation = self.n_poisoned_, 1.0
-        elif self.use_class_sizes:
-            number, deviation = self._surplus(n)
-        else:
+            return self.n_poisoned_, self.n_poisoned_, 1.0
+        surplus, deviation = self._surplus(n)
+        if not self.use_class_sizes or surplus <= 0:
             return None
-        return (number, np.hypot(deviation, _COUNT_ERROR * number)) if number > 0 else None
+        return surplus, n - np.median(self.sizes_), deviation  # most if one class alone has lost rows, or none
 
     def _size_evidence(self, size, rest):
         """What the class sizes and the number of poisoned rows say about a half of so many rows being the poison."""
@@ -620,8 +622,8 @@ def _mean_log_odds(log_odds, weights):
 
 def _nearness(log_odds, expected):
     """Log-weights (r, 1) of log-odds (r, n): how near the rows above 0 come to the expected number, if there is one."""
-    number, deviation = expected or (0, np.inf)
-    off = ((log_odds > 0).sum(axis=1, keepdims=True) - number) / deviation
+    number, _, deviation = expected or (0, 0, np.inf)
+    off = ((log_odds > 0).sum(axis=1, keepdims=True) - number) / np.hypot(deviation, _COUNT_ERROR * number)
     return -np.log1p(off**2)  # t with one degree of freedom
 
 
@@ -665,7 +667,7 @@ def _discriminated(values, log_odds, expected):
     plane log-odds hardly grow where the halves end.
     """
     n, count = len(log_odds), int((log_odds > 0).sum())
-    size = round(expected[0]) if expected else count
+    size = round(np.clip(count, *expected[:2])) if expected else count
     if not (2 <= size <= n - 2 and 1 / _FAR_OFF < count / size < _FAR_OFF):
         return log_odds
     ranks = np.argsort(np.argsort(-log_odds, kind="stable"), kind="stable")
@@ -685,6 +687,23 @@ def _discriminated(values, log_odds, expected):
     in_order = np.empty(n)
     in_order[np.argsort(together, kind="stable")] = np.sort(_mean_log_odds(odds, _nearness(odds, expected)))
     return in_order
+
+
+def _raised(log_odds, expected):
+    """Log-odds with as much added as brings the rows above 0 up to the least expected number; both numbers have errors.
+
+    EM counts too few: the component of the clean rows, which is wider or larger, takes poisoned rows where the two meet.
+    Too many are left alone, since a poisoned row left in costs more than a clean row removed.
+    """
+    count = int((log_odds > 0).sum())
+    least, _, deviation = expected or (0, 0, 1.0)
+    error = _CUT_ERROR * count
+    missing = max(least - count, 0) * error**2 / (error**2 + deviation**2)  # the mean of both, each by its precision
+    number = count + round(min(missing, error))
+    if number == count:
+        return log_odds
+    ranked = np.sort(log_odds)[::-1]
+    return log_odds - ranked[number - 1 : number + 1].mean()
 
 
 def _along_discriminants(values, up, others):

@@ -198,10 +198,11 @@ def test_numbers_of_components_are_weighed_by_the_expected_number_of_rows(told, 
     defense.fit(dump.features, dump.labels, dump.poison_fraction if told else None)
     size, n_poisoned = (dump.labels == 0).sum(), dump.poisoned.sum()
     found = defense._expected(size, alone=True)
-    if told or use_class_sizes:
-        number, deviation = found
-        assert number == pytest.approx(n_poisoned if told else n_poisoned / (1 + 1 / 9))
-        assert 0.1 * number <= deviation <= 0.1 * number + 1
+    if told:
+        assert found == (n_poisoned, n_poisoned, 1.0)
+    elif use_class_sizes:
+        least, most, deviation = found  # the others lost a ninth each, or (here) nothing
+        assert (least, most) == (pytest.approx(n_poisoned / (1 + 1 / 9)), n_poisoned) and 1 <= deviation < 3
     else:
         assert found is None
     if use_class_sizes:
@@ -213,7 +214,7 @@ def test_the_expected_number_of_rows_chooses_among_numbers_of_components(monkeyp
     defense = without_discriminant()
     found = []
     for number in (300, 400):
-        monkeypatch.setattr(type(defense), "_expected", lambda *_, number=number: (number, 1.0))
+        monkeypatch.setattr(type(defense), "_expected", lambda *_, number=number: (number, number, 1.0))
         defenses.score(defense, dump.features, dump.logits, dump.labels, None, seed=0)
         found.append(defense.n_suspected_)
     assert found[0] < found[1] - 10
@@ -315,7 +316,7 @@ def half_found(n_poisoned, n_clean, spread=1.0, n=1200, seed=0):
     return values, log_odds, poisoned
 
 
-@pytest.mark.parametrize("expected", [None, (59, 8.0)])
+@pytest.mark.parametrize("expected", [None, (59, 59, 8.0)])
 @pytest.mark.parametrize("n_poisoned, n_clean", [(60, 50), (45, 0), (50, 10)])
 def test_rows_that_the_mixture_put_wrong_come_right(n_poisoned, n_clean, expected):
     values, log_odds, poisoned = half_found(n_poisoned, n_clean)
@@ -325,10 +326,20 @@ def test_rows_that_the_mixture_put_wrong_come_right(n_poisoned, n_clean, expecte
         assert abs((found > 0).sum() - 60) <= 2
 
 
+@pytest.mark.parametrize("expected, size", [((40, 50, 1.0), 50), ((40, 70, 1.0), 60), ((70, 90, 1.0), 70), (None, 60)])
+def test_the_discriminant_is_laid_through_a_number_that_the_class_sizes_allow(monkeypatch, expected, size):
+    values, log_odds, _ = half_found(60, 0)
+    loaded, sizes = module(), []
+    laid = loaded._along_discriminants
+    monkeypatch.setattr(loaded, "_along_discriminants", lambda v, up, o: sizes.append(up.sum()) or laid(v, up, o))
+    loaded._discriminated(values, log_odds, expected)
+    assert sizes[-1] == size  # of all rows; before, of each fold
+
+
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_the_covariance_within_the_halves_is_used_where_it_sets_them_apart(spread):
     values, log_odds, poisoned = half_found(60, 10, spread)  # 30: the difference of the means is along the spread
-    found = module()._discriminated(values, log_odds, (60, 6.0))
+    found = module()._discriminated(values, log_odds, (60, 60, 6.0))
     assert poisoned[np.argsort(-found)[:60]].sum() >= 59
 
 
@@ -339,13 +350,13 @@ def test_what_the_mixture_says_counts_beside_the_discriminant():
     values += np.outer(poisoned, [1.5, 0, 0, 0, 0, 0])
     centred = values - [1.5, 0, 0, 0, 0, 0]
     log_odds = ((values**2).sum(axis=1) - (centred**2).sum(axis=1) / 0.3**2) / 2 - 6 * np.log(0.3) - np.log(2)
-    found = module()._discriminated(values, log_odds, (400, 40.0))
+    found = module()._discriminated(values, log_odds, (400, 400, 40.0))
     plane = module()._along_discriminants(values, poisoned, values)
     missed = [(~poisoned[np.argsort(-scores)[:400]]).sum() for scores in (found, *plane)]
     assert missed[0] < 0.7 * min(missed[1:])
 
 
-@pytest.mark.parametrize("expected", [(20, 1.0), (600, 60.0), (1199, 100.0)])
+@pytest.mark.parametrize("expected", [(20, 20, 1.0), (600, 600, 60.0), (1199, 1199, 100.0)])
 def test_a_mixture_far_off_the_expected_number_is_left_alone(expected):
     values, log_odds, _ = half_found(60, 30)
     np.testing.assert_array_equal(module()._discriminated(values, log_odds, expected), log_odds)
@@ -356,6 +367,45 @@ def test_no_halves_no_discriminant(n_found):
     values, log_odds, _ = half_found(60, 0)
     log_odds = np.where(np.arange(1200) < n_found, 1.0, -1.0)
     np.testing.assert_array_equal(module()._discriminated(values, log_odds, None), log_odds)
+
+
+def above_zero(expected):
+    """Of 1,000 log-odds, 400 above 0: how many are after `_raised`. Their order stays."""
+    log_odds = np.random.default_rng(0).permutation(np.linspace(400, -599, 1000) - 0.5)
+    raised = module()._raised(log_odds, expected)
+    np.testing.assert_array_equal(np.argsort(raised), np.argsort(log_odds))
+    return int((raised > 0).sum())
+
+
+def test_the_own_cut_comes_up_to_the_least_expected_number():
+    assert above_zero((410, 450, 1.0)) == 410
+    assert above_zero((420, 450, 40.0)) == 410  # as uncertain as the mixture's own number: half-way
+    assert above_zero((410, 450, 1000.0)) == 400
+    assert above_zero((700, 750, 1.0)) == 440  # no more than a tenth
+    assert above_zero((390, 410, 1.0)) == above_zero((300, 310, 1.0)) == above_zero(None) == 400
+
+
+@pytest.mark.parametrize("n_above", [0, 1000])
+def test_where_none_or_all_are_suspected_the_own_cut_stays(n_above):
+    log_odds = np.where(np.arange(1000) < n_above, 1.0, -1.0)
+    np.testing.assert_array_equal(module()._raised(log_odds, (999, 999, 1.0)), log_odds)
+
+
+@pytest.mark.parametrize(
+    "told, use_class_sizes, n_suspected", [(False, True, 33), (False, False, 30), (True, True, 30)]
+)
+def test_what_raises_the_own_cut(told, use_class_sizes, n_suspected):
+    dump = relabelled(0.33)
+    assert dump.poisoned.sum() > 80
+    defense = defenses.load(NAME, use_class_sizes=use_class_sizes)
+    vars(sys.modules[type(defense).__module__])["_discriminated"] = lambda _, log_odds, __: (
+        log_odds - np.sort(log_odds)[-31]
+    )
+    fraction = dump.poison_fraction if told else None
+    defenses.score(defense, dump.features, dump.logits, dump.labels, fraction, seed=0)
+    assert (
+        defense.n_suspected_ == n_suspected
+    )  # a tenth more by the class sizes; a fraction sets the budget, and no cut
 
 
 def test_dead_dimensions_change_nothing():
