@@ -68,6 +68,7 @@ ABLATIONS: dict[str, dict] = {
     "no discriminant": {"_discriminated": lambda values, log_odds, expected: log_odds},
     "best hypothesis alone": {"_NEGLIGIBLE": -1e-9},
     "no oddness": {"_WEIGHTS": {"oddness": 0.0}},
+    "no traces of other classes": {"_FLOORS": [0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1, 1e9, 1e9]},
     "no separation": {"_WEIGHTS": {"separation": 0.0}},
     "no held-out gain": {"_WEIGHTS": {"held_out": 0.0}},
     "no likelihood within the class": {"_WEIGHTS": {"likelihood": 0.0}},

@@ -11,7 +11,8 @@ each other and from the halves of other classes more than natural sub-classes do
    10:339) from several short runs (Biernacki et al. 2003, CSDA 41:561). The different splits that they end in are kept.
    Both halves of the best one are split again: where a class has natural parts, few poisoned rows hide in one of them.
 3. Weigh each half of each split as the poison: how far the halves lie apart, how much likelihood two components gain on
-   held-out rows, and how unlike the halves of all other classes its spread, place, confidence and runner-up labels are.
+   held-out rows, and how unlike the halves of all other classes its spread, place, confidence and traces of other
+   classes are.
    A surplus of the class over the usual size and the known number of poisoned rows count where they are given.
 4. A row's score is its log-odds of being poison, averaged over the splits of its class by their evidence (Bayesian
    model averaging, Hoeting et al. 1999, Statistical Science 14:382), the larger half described by one, two
@@ -66,7 +67,9 @@ _FAR_OFF = 4.0  # times the expected number: where the mixture finds so many row
 _CLOSE = 2.0  # hypotheses about a class whose evidence differs by less are both possible
 _NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the average
 # Smallest scale of each of the statistics of a half (see `_look`), for victims with few or very similar classes.
-_FLOORS = np.array([0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1])
+_FLOORS = [0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+# Their variance over rows; of few rows, the last two are mostly noise: ratios of squares.
+_SAMPLING = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1.0, 5.0])
 
 
 class BackdoorDefense:
@@ -130,6 +133,10 @@ class BackdoorDefense:
         for block, x in _blocks(features):
             white[block] = (x - self.means_[self.of_class_[block]]) @ basis
         self.white_ = white  # (N, up to 128) float32
+        means = (self.means_ - self.centre_) @ basis
+        self.between_ = np.linalg.svd(means, full_matrices=False)[2][
+            : len(means) - 1
+        ].T  # directions of the class means
         by_class = np.split(np.argsort(self.of_class_, kind="stable"), np.cumsum(self.sizes_)[:-1])
         # In an order of their own, so that nothing depends on the order in which the rows came.
         self.rows_ = [rows[np.lexsort(white[rows, :2].T)] if basis.shape[1] else rows for rows in by_class]
@@ -220,42 +227,84 @@ class BackdoorDefense:
         return suspected
 
     def _look(self, features, logits, splits):
-        """Add to each split what its two halves look like: sizes (2,) and statistics (2, 8).
+        """Add to each split what its two halves look like: sizes (2,) and statistics (2, 10).
 
         The statistics: log spread of the features; log spread of the other classes' logits; entropy of the runner-up
         label; mean margin of the label's logit; log distance of the half's mean from that of all rows; mean logit of
-        the label; log spread of the margin; mean length of the features.
+        the label; log spread of the margin; mean length of the features; log share of the whitened spread that lies
+        where the class means differ; log square of how far one of the other logits stands out, over their spread.
         """
         halves = {}  # class -> (2 x its splits, n) bool, rows rising
         for split in splits:
             halves.setdefault(split["class"], []).extend(split["halves"][:, np.argsort(self.rows_[split["class"]])])
         halves = {c: np.array(both) for c, both in halves.items()}
         sums = dict.fromkeys(halves, 0.0)
-        seen = np.zeros(len(self.classes_), np.int64)
         runner_up = np.zeros(len(features), np.int64)
-        for block, x in _blocks(features):
+        for (block, x), present in zip(_blocks(features), self._by_block(halves), strict=True):
             table, runner_up[block] = _columns(x, np.array(logits[block], np.float64), self.labels_[block])
-            present, starts, order = _grouped(self.of_class_[block])
-            for c, here in zip(present, np.split(order, starts[1:]), strict=True):
-                if c in halves:
-                    sums[c] = sums[c] + halves[c][:, seen[c] : seen[c] + len(here)].astype(np.float64) @ table[here]
-                seen[c] += len(here)
+            for c, here, both in present:
+                sums[c] = sums[c] + both.astype(np.float64) @ table[here]
+        rest_means = {c: of_class[:, 7 + features.shape[1] :] / of_class[:, :1] for c, of_class in sums.items()}
+        gaps = self._gaps(logits, halves, rest_means)
 
         runner_up_of = {c: runner_up[np.sort(self.rows_[c])] for c in halves}
         looks = {}
         for c, both in halves.items():
             count, (square, length, own, margin, margin2, rest2) = sums[c][:, 0], (sums[c][:, 1:7] / sums[c][:, :1]).T
-            means, rest = np.split(sums[c][:, 7:] / sums[c][:, :1], [features.shape[1]], axis=1)
+            means, rest = sums[c][:, 7 : 7 + features.shape[1]] / sums[c][:, :1], rest_means[c]
             spread, rest_spread, margin_spread = (
                 np.log(np.maximum(value, 0) + 1e-12)
                 for value in (square - (means**2).sum(axis=1), rest2 - (rest**2).sum(axis=1), margin2 - margin**2)
             )
             entropy = [_entropy(np.bincount(runner_up_of[c][half])) for half in both]
             offset = np.log(np.linalg.norm(means - self.centre_, axis=1) + 1e-12)
-            table = np.column_stack([spread, rest_spread, entropy, margin, offset, own, margin_spread / 2, length])
+            share, gap = self._between_share(c, both), np.log(gaps[c] / count + 1e-12) - rest_spread
+            table = [spread, rest_spread, entropy, margin, offset, own, margin_spread / 2, length, share, gap]
+            table = np.column_stack(table)
             looks[c] = iter(zip(count.reshape(-1, 2), table.reshape(-1, 2, table.shape[1]), strict=True))
         for split in splits:
             split["sizes"], split["statistics"] = next(looks[split["class"]])
+
+    def _by_block(self, halves):
+        """For each block of rows: (class, its rows there, which of its halves they are in) of the classes that were split."""
+        seen = np.zeros(len(self.classes_), np.int64)
+        for block in _slices(len(self.labels_)):
+            present, starts, order = _grouped(self.of_class_[block])
+            found = []
+            for c, here in zip(present, np.split(order, starts[1:]), strict=True):
+                if c in halves:
+                    found.append((c, here, halves[c][:, seen[c] : seen[c] + len(here)]))
+                seen[c] += len(here)
+            yield found
+
+    def _gaps(self, logits, halves, means):
+        """Of each class (2 x its splits,): summed squares of how far the largest of the other logits exceeds the second.
+
+        Less their means in the half, which say what the half has in common: a poisoned row's true class stands out then.
+        """
+        gaps = {c: np.zeros(len(both)) for c, both in halves.items()}
+        if logits.shape[1] > 2:
+            for block, present in zip(_slices(len(logits)), self._by_block(halves), strict=True):
+                values = np.asarray(logits[block], np.float64)
+                for c, here, both in present:
+                    others = np.arange(logits.shape[1]) != self.classes_[c]
+                    rest = values[np.ix_(here, others)]
+                    rest -= rest.mean(axis=1, keepdims=True)
+                    for i, (half, mean) in enumerate(zip(both, means[c][:, others], strict=True)):
+                        second, largest = np.partition(rest[half] - mean, -2, axis=1)[:, -2:].T
+                        gaps[c][i] += ((largest - second) ** 2).sum()
+        return gaps
+
+    def _between_share(self, c, both):
+        """(2 x splits,): log share of the whitened spread of halves that lies along the directions of the class means.
+
+        Rows of many classes under one label differ as classes do; where the network has merged them, less than others do.
+        """
+        white = self.white_[np.sort(self.rows_[c])].astype(np.float64)
+        both = both / both.sum(axis=1, keepdims=True)
+        spreads = (both @ (x**2).sum(axis=1) - ((both @ x) ** 2).sum(axis=1) for x in (white, white @ self.between_))
+        total, between = (np.log(np.maximum(spread, 0) + 1e-12) for spread in spreads)
+        return between - total
 
     def _evidence(self, splits):
         """(number of splits, 2): how much speaks for each half being the poison, in units near to nats."""
@@ -272,7 +321,7 @@ class BackdoorDefense:
             few = split["sizes"] / (split["sizes"] + 10)  # statistics of few rows are noisy
             # Where a class has three parts, the poisoned one is also unlike the natural ones, and these are like each other.
             z = np.array([split["statistics"] - usual_look for usual_look in (centre, split.get("beside", centre))])
-            z2 = (z / scale) ** 2 * few[:, None]
+            z2 = z**2 / (scale**2 + _SAMPLING / split["sizes"][:, None]) * few[:, None]
             odd = _WEIGHTS["oddness"] * np.minimum(z2, _LARGEST_Z2).sum(axis=2).mean(axis=0)
             evidence[index] = (
                 _LARGEST_ODDNESS * np.tanh((odd - odd[::-1]) / _LARGEST_ODDNESS)
@@ -343,10 +392,13 @@ def _ranked(splits, evidence):
     return of_class, {c: max(hypotheses, key=lambda h: h[0]) for c, hypotheses in of_class.items()}
 
 
+def _slices(n):
+    return (slice(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK))
+
+
 def _blocks(features):
     """Slices of the rows, and the rows there in float64."""
-    for start in range(0, len(features), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(features)))
+    for block in _slices(len(features)):
         yield block, np.asarray(features[block], np.float64)
 
 

@@ -408,6 +408,51 @@ def test_what_raises_the_own_cut(told, use_class_sizes, n_suspected):
     )  # a tenth more by the class sizes; a fraction sets the budget, and no cut
 
 
+def halves_looked_at(dump, monkeypatch):
+    """A fitted defense, and the splits that it looked at when it scored the dump."""
+    defense, looked = defenses.load(NAME), []
+    look = type(defense)._look
+    monkeypatch.setattr(
+        type(defense), "_look", lambda self, x, z, splits: look(self, x, z, splits) or looked.extend(splits)
+    )
+    defenses.score(defense, dump.features, dump.logits, dump.labels, None, seed=0)
+    return defense, looked
+
+
+def test_traces_of_other_classes_are_what_they_are_said_to_be(monkeypatch):
+    dump = relabelled(0.33, classes=5)
+    defense, splits = halves_looked_at(dump, monkeypatch)
+    means = np.stack([dump.features[dump.labels == c].mean(axis=0) for c in range(5)])
+    centred = dump.features - means[dump.labels]
+    # Any whitening of the pooled covariance gives the same share: that of the rotation does not matter.
+    values, vectors = np.linalg.eigh(centred.T @ centred / (len(centred) - 5))
+    whiten = vectors / np.sqrt(values)
+    between = np.linalg.qr(((means[1:] - means[0]) @ whiten).T)[0]
+    assert len(splits) > 10
+    for split in splits:
+        others = np.arange(5) != split["class"]
+        for half, found in zip(split["halves"], split["statistics"], strict=True):
+            rows = defense.rows_[split["class"]][half]
+            white = centred[rows] @ whiten
+            white = white - white.mean(axis=0)
+            rest = dump.logits[rows][:, others].astype(float)
+            rest -= rest.mean(axis=1, keepdims=True)
+            rest -= rest.mean(axis=0)
+            second, largest = np.sort(rest, axis=1)[:, -2:].T
+            expected = (
+                ((white @ between) ** 2).sum() / (white**2).sum(),
+                ((largest - second) ** 2).sum() / (rest**2).sum(),
+            )
+            np.testing.assert_allclose(np.exp(found[-2:]), expected, rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_traces_of_other_classes_say_nothing_where_there_is_one_other_or_two(classes, monkeypatch):
+    _, splits = halves_looked_at(relabelled(0.33, classes=classes), monkeypatch)
+    gaps = np.array([split["statistics"][:, -1] for split in splits])
+    np.testing.assert_allclose(gaps, gaps[0, 0], atol=1e-6)  # of two other logits, centred, each is minus the other
+
+
 def test_dead_dimensions_change_nothing():
     dump = relabelled(0.4)
     wide = np.zeros((len(dump.labels), 96), np.float32)
