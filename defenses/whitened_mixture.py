@@ -134,9 +134,8 @@ class BackdoorDefense:
             white[block] = (x - self.means_[self.of_class_[block]]) @ basis
         self.white_ = white  # (N, up to 128) float32
         means = (self.means_ - self.centre_) @ basis
-        self.between_ = np.linalg.svd(means, full_matrices=False)[2][
-            : len(means) - 1
-        ].T  # directions of the class means
+        # Directions in which the class means lie; around their mean there is one fewer than classes.
+        self.between_ = np.linalg.svd(means, full_matrices=False)[2][: len(means) - 1].T
         by_class = np.split(np.argsort(self.of_class_, kind="stable"), np.cumsum(self.sizes_)[:-1])
         # In an order of their own, so that nothing depends on the order in which the rows came.
         self.rows_ = [rows[np.lexsort(white[rows, :2].T)] if basis.shape[1] else rows for rows in by_class]

@@ -30,9 +30,9 @@ def relabelled(share, n=3000, classes=10, **options):
     return with_fraction(dump.take(np.concatenate(rows)))
 
 
-def without_discriminant():
-    defense = defenses.load(NAME)  # a module of its own, so that no other test sees the change
-    vars(sys.modules[type(defense).__module__])["_discriminated"] = lambda _, log_odds, __: log_odds
+def without_discriminant(instead=lambda log_odds: log_odds, **options):
+    defense = defenses.load(NAME, **options)  # a module of its own, so that no other test sees the change
+    vars(sys.modules[type(defense).__module__])["_discriminated"] = lambda _, log_odds, __: instead(log_odds)
     return defense
 
 
@@ -391,21 +391,15 @@ def test_where_none_or_all_are_suspected_the_own_cut_stays(n_above):
     np.testing.assert_array_equal(module()._raised(log_odds, (999, 999, 1.0)), log_odds)
 
 
-@pytest.mark.parametrize(
-    "told, use_class_sizes, n_suspected", [(False, True, 33), (False, False, 30), (True, True, 30)]
-)
-def test_what_raises_the_own_cut(told, use_class_sizes, n_suspected):
+@pytest.mark.parametrize("told, sizes, n_suspected", [(False, True, 33), (False, False, 30), (True, True, 30)])
+def test_what_raises_the_own_cut(told, sizes, n_suspected):
     dump = relabelled(0.33)
     assert dump.poisoned.sum() > 80
-    defense = defenses.load(NAME, use_class_sizes=use_class_sizes)
-    vars(sys.modules[type(defense).__module__])["_discriminated"] = lambda _, log_odds, __: (
-        log_odds - np.sort(log_odds)[-31]
-    )
+    defense = without_discriminant(lambda log_odds: log_odds - np.sort(log_odds)[-31], use_class_sizes=sizes)
     fraction = dump.poison_fraction if told else None
     defenses.score(defense, dump.features, dump.logits, dump.labels, fraction, seed=0)
-    assert (
-        defense.n_suspected_ == n_suspected
-    )  # a tenth more by the class sizes; a fraction sets the budget, and no cut
+    # Class sizes add a tenth; a fraction sets the budget, and no cut.
+    assert defense.n_suspected_ == n_suspected
 
 
 def halves_looked_at(dump, monkeypatch):
@@ -424,7 +418,7 @@ def test_traces_of_other_classes_are_what_they_are_said_to_be(monkeypatch):
     defense, splits = halves_looked_at(dump, monkeypatch)
     means = np.stack([dump.features[dump.labels == c].mean(axis=0) for c in range(5)])
     centred = dump.features - means[dump.labels]
-    # Any whitening of the pooled covariance gives the same share: that of the rotation does not matter.
+    # Any whitening by the pooled covariance gives the same share: they differ by a rotation.
     values, vectors = np.linalg.eigh(centred.T @ centred / (len(centred) - 5))
     whiten = vectors / np.sqrt(values)
     between = np.linalg.qr(((means[1:] - means[0]) @ whiten).T)[0]
