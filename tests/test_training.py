@@ -132,20 +132,22 @@ def test_the_graph_of_a_step_does_what_the_step_does(precision, compiled, monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("network", models.NETWORKS)
 def test_compiled_for_a_gpu_has_the_gradient_of_eager(network, monkeypatch):
-    """In full precision, where nothing but the order of sums differs: by 5e-5 (ResNet-20) to 1.4e-3 (VGG-16-BN) of its
-    length on an H200; bf16 moves it by 1.4e-2 to 9e-2, compiled or not."""
+    """Float32 rounds, and a deep network amplifies it: on an H200 eager's gradient is 3e-4 (ResNet-20) to 7e-3 (MobileNetV2) of
+    its length away from the one in float64. The compiled one is about as far off; its order of sums is another."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(128, 3, 32, 32, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (128,), generator=generator).cuda()
-    gradients = []
-    for compiled in (False, True):
-        model = models.build(network, 3, 10, 32, seed=0).cuda().to(memory_format=torch.channels_last)
-        forward = training.compiled(model) if compiled else model
-        F.cross_entropy(forward(x), labels).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert (gradients[1] - gradients[0]).norm() < 5e-3 * gradients[0].norm()
+
+    def gradient(dtype, compiled):
+        model = models.build(network, 3, 10, 32, seed=0).cuda().to(dtype, memory_format=torch.channels_last)
+        F.cross_entropy((training.compiled(model) if compiled else model)(x.to(dtype)), labels).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
+
+    exact = gradient(torch.float64, False)
+    eager, compiled = ((gradient(torch.float32, how) - exact).norm() / exact.norm() for how in (False, True))
+    assert compiled < 4 * eager + 1e-5
 
 
 class StandInStream:
