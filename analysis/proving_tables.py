@@ -22,6 +22,7 @@ FOLDER = Path("results/proving_ground")
 TOOK = 0.5  # an undefended ASR below: the attack did not take, and the dump is listed but not averaged
 OWN = "whitened_mixture"
 HEADLINE = 8  # defenses in the README's table
+NEARLY = 0.9  # of the dumps: a defense that was run on fewer has no column
 MODES = ("told", "hidden", "blind", "hidden_blind")
 DEFENSES = Path(__file__).parents[1] / "defenses"
 STALE = "†"
@@ -82,7 +83,8 @@ def noted(text: str) -> str:
 
 
 def table(records: list[dict], keys: list[str], figure: str, names: list[str] | None = None) -> str:
-    """One row a dump, one column a key; then the mean over the attacks that took and, for recall, the mean rank."""
+    """One row a dump, one column a key; then the mean over the attacks that took and, for recall, the mean rank, both over
+    the rows without a gap: a defense that was not run on a dump has one there."""
     lines = [
         "| dump (seed) | poison in its class | ASR | ceiling | " + " | ".join(names or keys) + " |",
         "|---|--:|--:|--:|" + "--:|" * len(keys),
@@ -91,17 +93,18 @@ def table(records: list[dict], keys: list[str], figure: str, names: list[str] | 
     for found in records:
         values = [value(found, key, figure) for key in keys]
         if took(found):
-            rows.append([np.nan if v is None else v for v in values])
+            rows.append(values)
         asr, share = found["undefended"].get("asr"), found["share_of_class"]
         head = [f"{found['dump']} ({found['seed']})", f"{share:.0%}", show(asr), show(found["ceiling"])]
         cells = [show(v) + mark(found, key) for v, key in zip(values, keys, strict=True)]
         lines.append("| " + " | ".join(head + cells) + " |")
-    values = np.array(rows, float)
-    if len(values) and not np.isnan(values).any():
-        lines.append("| *mean* | | | | " + " | ".join(f"{v:.3f}" for v in values.mean(axis=0)) + " |")
+    values = np.array([row for row in rows if None not in row], float)
+    if len(values):
+        of = "" if len(values) == len(rows) else f" of the {len(values)} rows without a gap"
+        lines.append(f"| *mean{of}* | | | | " + " | ".join(f"{v:.3f}" for v in values.mean(axis=0)) + " |")
         if figure == "recall" and len(keys) > 1:
             ranks = np.array([rankdata(-row.round(6)) for row in values]).mean(axis=0)
-            lines.append("| *mean rank* | | | | " + " | ".join(f"{rank:.1f}" for rank in ranks) + " |")
+            lines.append(f"| *mean rank{of}* | | | | " + " | ".join(f"{rank:.1f}" for rank in ranks) + " |")
     return noted("\n".join(lines))
 
 
@@ -110,10 +113,18 @@ def show(v) -> str:
 
 
 def defenses_told(records: list[dict]) -> list[str]:
-    """Keys of the defenses that were run as told on every record, the best mean recall first."""
-    keys = {key for found in records for key in found["scored"] if key.endswith(" / told")}
-    keys = [k for k in sorted(keys) if all(value(found, k, "recall") is not None for found in records)]
-    return sorted(keys, key=lambda k: -np.mean([value(found, k, "recall") for found in records if took(found)] or [0]))
+    """Keys of the defenses that were run as told on nearly every record, the best mean recall first."""
+    run: dict[str, list[dict]] = {}
+    for found in records:
+        for key in found["scored"]:
+            if key.endswith(" / told"):
+                run.setdefault(key, []).append(found)
+    recall = {
+        key: np.mean([value(found, key, "recall") for found in there if took(found)] or [0])
+        for key, there in run.items()
+        if len(there) >= NEARLY * len(records)
+    }
+    return sorted(recall, key=lambda key: (-recall[key], key))
 
 
 def own(records: list[dict]) -> str:

@@ -33,9 +33,18 @@ def test_means_leave_out_attacks_that_did_not_take():
     assert "| c (1) | 50% | 0.100 | 0.900 | 0.000 | 0.000 |" in text
 
 
-def test_a_defense_that_was_not_run_everywhere_gets_no_column():
+def test_a_defense_that_was_not_run_nearly_everywhere_gets_no_column():
     records = [record("a", one=1.0, two=0.5), record("b", one=0.8)]
     assert proving_tables.defenses_told(records) == ["one / told"]
+    records = [record(str(i), one=1.0, two=0.5) for i in range(9)] + [record("z", one=0.5)]
+    assert proving_tables.defenses_told(records) == ["one / told", "two / told"]
+
+
+def test_a_gap_is_shown_and_its_row_is_in_no_mean():
+    records = [record("a", one=1.0, two=0.5), record("b", one=0.5)]
+    text = proving_tables.table(records, ["one / told", "two / told"], "recall")
+    assert "| b (1) | 50% | 1.000 | 0.900 | 0.500 |  |" in text
+    assert "| *mean of the 1 rows without a gap* | | | | 1.000 | 0.500 |" in text
 
 
 def test_ablations_are_told_with_mean_and_lowest():
