@@ -83,7 +83,10 @@ class Page:
             (f"{summary['fit']:.0%}", "of the rows fitted by the model"),
             (summary["defense"], by[summary["decided_by"]]),
         ]
-        cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles)
+        cells = "".join(  # <wbr>: a long name breaks between its words
+            f"<div><b>{escape(value).replace('_', '_<wbr>')}</b><span>{escape(what)}</span></div>"
+            for value, what in tiles
+        )
         return f'<section class="tiles">{cells}</section>'
 
 
