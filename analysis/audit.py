@@ -81,6 +81,15 @@ def judge(dump: Dump, args) -> Verdict:
     return Verdict(scores, removed, number is not None, number, classes, defenses.relies_on(defense) or ())
 
 
+def check_differ(dump: Dump) -> None:
+    """Refuse features that are the same in every row: of such nothing can be told."""
+    first = np.asarray(dump.features[:1])
+    for start in range(0, len(dump.features), 8192):
+        if (np.asarray(dump.features[start : start + 8192]) != first).any():
+            return
+    raise UserError(f"{dump.path}: features are the same in every row; were they read from the right layer?")
+
+
 def predictions(logits) -> np.ndarray:
     """(N,) int64, read in slices."""
     return np.concatenate([np.asarray(logits[start : start + 8192]).argmax(1) for start in range(0, len(logits), 8192)])
@@ -95,8 +104,8 @@ def shown_classes(verdict: Verdict, labels: np.ndarray, by_hand: bool) -> list[i
     return (classes or [int(labels[suspects.order(verdict.scores)[0]])])[:SHOWN_CLASSES]
 
 
-def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: bool) -> list[str]:
-    """What a reader must know to trust the result or not."""
+def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: bool, fit: float) -> list[str]:
+    """What a reader must know to trust the result or not. fit: share of the rows that the model gives their label."""
     notes = []
     sizes = np.bincount(labels)
     of_label, sizes = sizes, sizes[sizes > 0]
@@ -116,15 +125,29 @@ def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: 
                 )
     if verdict.n_suspected is None and not by_hand:
         notes.append("This defense ranks rows and does not decide how many are poisoned: give a budget by hand.")
-    if len(sizes) < FEW_CLASSES and not by_hand:
+    if len(sizes) < FEW_CLASSES:
         notes.append(
             f"There are {len(sizes)} classes to compare with one another, fewer than {FEW_CLASSES}: judge by the pictures, and "
             "not by the verdict alone."
         )
-    small = int((sizes < 8).sum())
+    small = int((sizes < audit_page.SMALL_CLASS).sum())
     if small:
-        notes.append(f"{small} classes have fewer than 8 rows: too few to tell two kinds of images apart.")
+        notes.append(
+            f"{_classes(small)} with fewer than {audit_page.SMALL_CLASS} rows: too few to tell two kinds of images apart."
+        )
+    if by_hand and fit < audit_page.WELL_FITTED:
+        notes.append(f"The model fits only {fit:.0%} of the rows: it need not have learnt a trigger. Train longer.")
+    emptied = [classes[label] for label in np.setdiff1d(labels, labels[~verdict.removed])]
+    if emptied:
+        notes.append(
+            f"No row is kept of {_classes(len(emptied))} ({', '.join(emptied[:8])}{', …' if len(emptied) > 8 else ''}): a copy "
+            "has no folder for them, and torchvision then numbers the others anew."
+        )
     return notes
+
+
+def _classes(number: int) -> str:
+    return f"{number:,} class{'es' if number > 1 else ''}"
 
 
 def section(label: int, classes, names, predicted, verdict: Verdict, dump: Dump, source) -> audit_page.Section:
@@ -178,6 +201,7 @@ def main(args) -> None:
         open_dump(args.features) as dump,
     ):
         labels = dump.labels
+        check_differ(dump)
         own_data.check_classes(np.unique(labels, return_counts=True)[1], args.features)
         pictures = None
         names, classes, skipped = dump.files, dump.classes, []
@@ -213,7 +237,7 @@ def main(args) -> None:
             {"n": len(labels), "index": dump.index},
         )
         summary = summary_of(args.defense, verdict, labels, predicted, classes, by_hand)
-        page = audit_page.Page(summary, notes_on(labels, classes, verdict, by_hand), skipped)
+        page = audit_page.Page(summary, notes_on(labels, classes, verdict, by_hand, summary["fit"]), skipped)
         if args.data is not None and pictures.n_held_out:
             page.notes.append(
                 f"{pictures.n_held_out:,} images were held out as test images: not scored, and not among the kept files."
@@ -230,7 +254,11 @@ def main(args) -> None:
         if not named:
             raise UserError(f"{args.features} holds no file names: nothing to copy")
         kept = [name for name, gone in zip(names, verdict.removed, strict=True) if not gone]
-        kept_copy.make(kept, args.images, target, link=args.link_to is not None)
+        try:
+            kept_copy.make(kept, args.images, target, link=args.link_to is not None)
+        except OSError as error:
+            where = error.filename or target
+            raise UserError(f"the lists are in {args.out}, but no copy was made: {error.strerror}: {where}") from error
         print(f"{len(kept)} kept files {'linked' if args.link_to else 'copied'} to {target}")
 
 
@@ -242,6 +270,7 @@ def summary_of(defense: str, verdict: Verdict, labels, predicted, classes: list[
         "defense": Path(defense).stem,
         "rows": len(labels),
         "classes": len(classes),
+        "classes_compared": int((sizes >= audit_page.SMALL_CLASS).sum()),
         "fit": float((labels == predicted).mean()),
         "decided_by": "hand" if by_hand else "defense" if verdict.decided else "nobody",
         "removed": int(verdict.removed.sum()),

@@ -14,6 +14,7 @@ from analysis import pictures
 # 0.62 (1,500 photographs, 240 and 940 steps) had fitted a sixth and a quarter of their poison; the audit found 6 and 3 %
 # of it, and natural images in its place. One with 0.89 (Fashion-MNIST) had learnt the trigger, and all of it was found.
 WELL_FITTED = 0.7
+SMALL_CLASS = 8  # rows; in a smaller class two kinds of images cannot be told apart
 BINS = 44
 HEIGHT = 90  # of the histogram, in its own units; one bin is ten wide
 
@@ -111,6 +112,12 @@ def headline(summary: dict) -> tuple[str, str, str]:
         )
     if summary["decided_by"] == "nobody":
         return "Ranked, not judged", "This defense does not say whether the data are poisoned.", "open"
+    if not summary["suspected"] and summary["classes_compared"] < 2:
+        return (
+            "Too few rows to judge by",
+            f"Nearly every class has fewer than {SMALL_CLASS} rows: two kinds of images within one cannot be told apart.",
+            "open",
+        )
     if not summary["suspected"]:
         return (
             "Nothing looks poisoned",

@@ -132,9 +132,9 @@ def _texts(path: Path, name: str, values, length: int) -> list[str] | None:
     if values.shape != (length,):
         raise UserError(f"{path}: {name} has shape {values.shape}; expected ({length},)")
     try:
-        texts = [
-            value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values.tolist()
-        ]
+        texts = [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    except UnicodeDecodeError as error:  # a name that is changed would match no file
+        raise UserError(f"{path}: {name} holds {error.object!r}, which is not UTF-8; store texts") from error
     except ValueError as error:  # of numbers that are no letters
         raise UserError(f"{path}: {name} is no text ({error})") from error
     for row, text in enumerate(texts):

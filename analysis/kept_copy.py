@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from stages.lib import stage
@@ -20,10 +21,15 @@ def make(names: list[str], source: Path, target: Path, *, link: bool) -> None:
     """Put the files `names` of `source` under `target` with the same folders, as copies or as symbolic links.
 
     All or nothing: the tree is made under a temporary name beside `target`. Raises UserError if the target is there and
-    is no empty folder, lies within the source or around it, or a name is missing or leads out of the source.
+    is no empty folder, lies within the source or around it, or a name is missing, stands twice or leads out of the source.
     """
     source, target = source.resolve(), Path(os.path.abspath(target))
     check_target(source, target)
+    if source.is_file():
+        raise UserError(f"{source} is a file, and kept.txt names rows of its arrays: pick them in Python (README.md)")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{name!r} stands {times} times among the kept; expected each name once")
     for name in names:
         path = source / name
         if "\0" in name:  # no path holds one

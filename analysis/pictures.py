@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from stages.lib import image_folder, storage
+from stages.lib.errors import UserError
 
 MAX_SIDE = 96  # pixels of a thumbnail: the page stays small
 BLOCK = 8192  # rows of features in memory at a time
@@ -43,10 +44,15 @@ class FromDataset:
 
 
 class FromFolder:
-    """The user's files below `root`; one that leads out of it or cannot be read has no picture."""
+    """The user's files below `root`; one that leads out of it or cannot be read has no picture. `UserError` if none is there."""
 
     def __init__(self, root: Path, names: list[str]):
         self.root, self.names = root.resolve(), names
+        if not any((self.root / name).is_file() for name in names):
+            raise UserError(
+                f"none of the {len(names):,} files, such as {names[0]}, is in {root}; give the folder that the names are "
+                "relative to"
+            )
 
     def get(self, rows: np.ndarray) -> dict[int, np.ndarray]:
         found = {}

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 COLUMNS = ("file", "label", "predicted", "score", "rank", "removed")
-# A spreadsheet takes a cell that begins so for a formula (OWASP, "CSV injection").
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+# A spreadsheet takes a cell that begins so for a formula (OWASP, "CSV injection"). The last is what is put in front.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
 
 def order(scores: np.ndarray) -> np.ndarray:
@@ -26,7 +27,8 @@ def write_csv(
 ) -> None:
     """One line a row, most suspicious first; rank from 1; removed is yes or no.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe in front. `kept.txt` has the names unchanged.
+    A text that a spreadsheet would take for a formula gets an apostrophe in front, and so does one that begins with an
+    apostrophe: taking the first one away gives the text. Numbers stay. `kept.txt` has the names unchanged.
     """
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -37,7 +39,7 @@ def write_csv(
 
 
 def cell(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA) else text
+    return f"'{text}" if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text
 
 
 def write_kept(path: Path, names: list[str], kept: np.ndarray) -> None:

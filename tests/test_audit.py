@@ -147,6 +147,7 @@ def test_a_model_that_learnt_too_little(audit, tmp_path):
     assert summary["removed"] == 0 and summary["decided_by"] == "nobody" and summary["fit"] < 0.7
     assert {line["removed"] for line in table(tmp_path / "out/suspects.csv")} == {"no"}
     assert "train longer" in ended.out and "looks poisoned" not in (tmp_path / "out/report.html").read_text()
+    assert "need not have learnt a trigger" in audit(tmp_path / "features.npz", "--budget", 60).out
 
 
 def test_unequal_classes_are_pointed_out(audit, tmp_path):
@@ -178,7 +179,33 @@ def test_few_classes_are_pointed_out(audit, tmp_path):
     path = save(tmp_path / "three.npz", few | {"logits": few["logits"][:, :3]})
     assert "There are 3 classes to compare with one another" in audit(path).out
     assert "judge by the pictures" in (tmp_path / "out/report.html").read_text()
-    assert "judge by the pictures" not in audit(path, "--budget", 5).out
+    assert "judge by the pictures" in audit(path, "--budget", 5).out  # the order may be wrong too
+
+
+def test_classes_that_are_too_small_are_not_called_clean(audit, tmp_path):
+    generator = np.random.default_rng(0)
+    labels = np.arange(140) % 20
+    arrays = {"features": generator.normal(size=(140, 8)), "logits": np.eye(20)[labels], "labels": labels}
+    ended = audit(save(tmp_path / "small.npz", arrays))
+    assert ended.out.startswith("Too few rows to judge by.") and "Nothing looks poisoned" not in ended.out
+    assert "Nothing looks poisoned" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_an_emptied_class_is_pointed_out(audit, tmp_path):
+    arrays, _ = dump(poisoned=False)
+    rows = np.r_[np.flatnonzero(arrays["labels"] != 1), np.flatnonzero(arrays["labels"] == 1)[:3]]
+    arrays = {name: value[rows] for name, value in arrays.items()}
+    (tmp_path / "ones.py").write_text(
+        "class BackdoorDefense:\n"
+        "    RELIES_ON = ()\n"
+        "    def fit(self, features, labels, poison_fraction, **kwargs):\n"
+        "        self.labels = labels\n"
+        "    def score_samples(self, features, logits):\n"
+        "        return (self.labels == 1) * 1.0\n"
+    )
+    path = save(tmp_path / "few.npz", arrays | {"classes": np.array([f"c{i}" for i in range(CLASSES)])})
+    assert "No row is kept of 1 class (c1)" in audit(path, "--defense", tmp_path / "ones.py", "--budget", 3).out
+    assert "No row is kept" not in audit(path, "--defense", tmp_path / "ones.py", "--budget", 2).out
 
 
 @pytest.mark.parametrize(
@@ -246,11 +273,16 @@ def test_a_suspected_class_without_rows_is_refused(audit, tmp_path):
     assert ended.status == 1 and "suspects class 5, which has no rows" in ended.err and ended.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(1)"])
+@pytest.mark.parametrize("name", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "'=1+1"])
 def test_no_cell_is_a_formula(tmp_path, name):
     suspects.write_csv(tmp_path / "s.csv", [name], [name], [name], np.zeros(1), np.zeros(1, bool))
     line = table(tmp_path / "s.csv")[0]
     assert line["file"] == line["label"] == line["predicted"] == f"'{name}"
+
+
+def test_numbers_are_no_formulas(tmp_path):
+    suspects.write_csv(tmp_path / "s.csv", ["row 0"], ["-1"], ["+2.5"], np.zeros(1), np.zeros(1, bool))
+    assert [table(tmp_path / "s.csv")[0][name] for name in ("label", "predicted")] == ["-1", "+2.5"]
 
 
 def test_commas_and_quotes_survive(tmp_path):
@@ -361,6 +393,7 @@ def test_the_page_of_a_class_with_equal_scores_or_one_row():
         "defense": "d",
         "rows": 1,
         "classes": 1,
+        "classes_compared": 1,
         "fit": 1.0,
         "removed": 0,
         "decided_by": "defense",
@@ -378,6 +411,7 @@ def test_the_page_of_a_class_with_equal_scores_or_one_row():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"features": np.ones((N, 4))}, "features are the same in every row; were they read from the right layer?"),
         ({"features": None}, "holds no features"),
         ({"logits": None}, "holds no logits"),
         ({"labels": None}, "holds no labels"),
@@ -554,6 +588,7 @@ def test_kept_copy(source, tmp_path, command, link):
         (["../secret"], "clean", "leads out of"),
         (["/etc/passwd"], "clean", "leads out of"),
         (["train/link"], "clean", "leads out of"),
+        (["train/a/1.png", "train/a/2.png", "train/a/1.png"], "clean", "'train/a/1.png' stands 2 times"),
         (["train/a/1.png"], "own/clean", "lies within"),
         (["train/a/1.png"], ".", "not empty"),
         (["train/a/1.png"], "file", "is no folder"),
@@ -568,6 +603,37 @@ def test_refused_copies(source, tmp_path, names, target, words):
     with pytest.raises(UserError, match=re.escape(words)):
         kept_copy.make(names, source, tmp_path / target, link=False)
     assert files_in(tmp_path) == before and not list(tmp_path.glob(".*"))
+
+
+def test_rows_of_an_archive_are_no_files_to_copy(tmp_path):
+    np.savez(tmp_path / "set.npz", train_images=np.zeros(1))
+    with pytest.raises(UserError, match="names rows of its arrays"):
+        kept_copy.make(["train_images[0]"], tmp_path / "set.npz", tmp_path / "clean", link=False)
+
+
+def test_a_failed_copy_leaves_the_lists_and_says_so(audit, tmp_path, monkeypatch):
+    arrays, _ = dump(files=[f"{row}.png" for row in range(N)])
+    (tmp_path / "own").mkdir()
+    for name in arrays["files"]:
+        (tmp_path / "own" / name).write_text("x")
+
+    def full(*args):
+        raise OSError(28, "No space left on device", "clean/0.png")
+
+    monkeypatch.setattr(kept_copy.shutil, "copy2", full)
+    path = save(tmp_path / "features.npz", arrays)
+    ended = audit(path, "--images", tmp_path / "own", "--copy-to", tmp_path / "clean")
+    assert ended.status == 1 and "the lists are in out, but no copy was made: No space left" in ended.err
+    assert "nothing was written" not in ended.err and (tmp_path / "out/kept.txt").exists()
+    assert not (tmp_path / "clean").exists()
+
+
+def test_a_folder_without_the_files_is_refused(audit, tmp_path):
+    path = save(tmp_path / "features.npz", dump(files=[f"{row}.png" for row in range(N)])[0])
+    (tmp_path / "other").mkdir()
+    ended = audit(path, "--images", tmp_path / "other")
+    assert ended.status == 1 and f"none of the {N:,} files, such as 0.png, is in" in ended.err
+    assert not (tmp_path / "out/report.html").exists()
 
 
 def test_audit_and_copy_in_one(audit, tmp_path):

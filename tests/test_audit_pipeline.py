@@ -1,6 +1,7 @@
 """The audit as DVC runs it: what stands in analysis/dvc.yaml, and what is trained again when."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def test_deps_are_the_import_closure(name):
 def test_every_path_is_declared(name):
     stage = STAGES[name]
     words = {word for command in commands(stage) for word in command.split() if word.startswith("artifacts/")}
-    declared = {path for path in [*plain_deps(stage), *stage["outs"]] if path.startswith("artifacts/")}
+    outs = [next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"]]
+    declared = {path for path in [*plain_deps(stage), *outs] if path.startswith("artifacts/")}
     if name == "audit":  # it is told the folder
         declared = {path.rpartition("/")[0] if "${defense}" in path else path for path in declared}
     assert words == declared
@@ -99,9 +101,14 @@ def test_which_stages_run(clone):
     picture.save(clone.images / "train/ant/new.png")
     assert ran("exp", "run", "-S", "audit.budget=5", target) == chain, "a file added trains again"
     assert json.loads((out / "summary.json").read_text())["removed"] == 5
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "expected 0 to 36" in clone.dvc("exp", "run", "-S", "audit.budget=5000", target, fails=True)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}, "a mistyped budget takes no report away"
+    assert ran("exp", "run", "-S", "audit.budget=5", target) == []
     assert ran("repro", "analysis/dvc.yaml:audit_retrain") == ["audit_retrain"]
     found = json.loads((out / "accuracy.json").read_text())
     assert (found["n_test"], found["n_train"], found["n_kept"]) == (6, 37, 32)
+    assert found["n_test_held_out_of_the_audited"] == 0, "they are of a folder of their own"
     assert 0 <= found["clean_acc_kept_rows"] <= 1 and 0 <= found["clean_acc_all_rows"] <= 1
 
 
@@ -111,6 +118,19 @@ def test_make_says_what_is_missing():
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode != 0 and "DATA=/no such folder is not there" in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_make_names_what_dvc_would_stop_at(tmp_path, kind):
+    if kind == "link":
+        (tmp_path / "odd").symlink_to(tmp_path / "gone")
+    else:
+        os.mkfifo(tmp_path / "odd")
+    ended = subprocess.run(
+        ["make", "-s", "audit", "--assume-old=install", f"DATA={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode != 0 and f"DVC stops at {tmp_path}/odd" in ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize("name", ["my images, [1]", "l'été: a=b {c} (d) #e", "日本 50 % 'x' \"y\""])

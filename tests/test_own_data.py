@@ -148,6 +148,8 @@ def test_what_cannot_be_used_is_listed_and_skipped(tmp_path):
     (root / "train/stray.png").write_bytes(b"x")
     (root / "train/cat/new\nline.png").write_bytes(whole)
     (root / "train/cat/.hidden.png").write_bytes(b"x")
+    (root / "train/cat/.DS_Store").write_bytes(b"x")
+    (root / "train/.hid").mkdir()
     (root / "train/cat/postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with open(os.fsencode(root / "train/cat") + b"/\xff.png", "wb") as file:
         file.write(whole)
@@ -161,12 +163,33 @@ def test_what_cannot_be_used_is_listed_and_skipped(tmp_path):
     assert reasons["train/dog/notes.txt"].startswith("not an image by its suffix")
     assert reasons["train/stray.png"] == "not in a class folder" and "train/dog/deeper" in reasons
     assert sum("control characters or is not UTF-8" in line for line in found["skipped"]) == 2
-    assert len(found["skipped"]) == 10 and not any(".hidden" in line for line in found["skipped"])
+    assert reasons["train/cat/.hidden.png"] == reasons["train/.hid"]
+    assert reasons["train/.hid"] == "its name begins with a dot; torchvision's ImageFolder would read it"
+    assert len(found["skipped"]) == 12 and not any(".DS_Store" in line for line in found["skipped"])
     assert (
-        "10 entries skipped, neither trained on nor scored:" in notes
+        "12 entries skipped, neither trained on nor scored:" in notes
         and "  train/stray.png: not in a class folder" in notes
     )
     assert all("\n" not in note for note in notes)
+
+
+def test_what_lies_beside_the_training_images_is_named(tmp_path):
+    root = fill(tmp_path / "own")
+    for name in ("val", "bird", "owl"):
+        fill(root, n=1, split=name)
+    notes, _ = read(root, tmp_path)
+    left = [note for note in notes if "is left out: neither trained on nor scored" in note]
+    assert left == [f"{root / name} is left out: neither trained on nor scored" for name in ("bird", "owl", "val")]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    _, found = read(fill(tmp_path / "own", classes=("bus", "car", "train"), split=""), tmp_path)
+    assert sorted(found["train/labels"].tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_images_without_classes_are_no_two_classes(tmp_path):
+    root = fill(tmp_path / "own", classes=("train", "test"), split="")
+    assert "holds no class folders" in refusal(root, tmp_path)
 
 
 def test_a_long_list_is_cut_in_the_log_alone(tmp_path):
@@ -230,6 +253,13 @@ def test_refused_folders(tmp_path):
     fill(root, n=1, split="test", classes=("owl",))
     assert "test/owl is no class of" in refusal(root, tmp_path)
     assert "holds no class folders" in refusal(tmp_path / "own/train/cat", tmp_path)
+    links = fill(tmp_path / "links")
+    for name in ("0.png", "1.png", "2.png", "3.png"):
+        (links / "train/dog" / name).unlink()
+        (links / "train/dog" / name).symlink_to(root / "train/dog" / name)
+    message = refusal(links, tmp_path)
+    assert "train/dog holds no images" in message and "fill it or remove it" not in message
+    assert f"train/dog/0.png: a link that leaves {links} (and 3 more)" in message
     one = fill(tmp_path / "one", classes=("cat",))
     assert "holds one class" in refusal(one, tmp_path)
 

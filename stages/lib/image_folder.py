@@ -94,8 +94,9 @@ class Listing:
 def scan(root: Path, split: str = "") -> Listing:
     """The image files in `root/split/<class>/`, whatever their sizes, with a reason for each entry that is passed over.
 
-    Passed over: other suffixes, folders within a class, links that lead out of `root`, and names that cannot stand in a
-    list of one name a line (control characters, not UTF-8). Names that begin with a dot are ignored.
+    Passed over: other suffixes, folders within a class, links that lead out of `root`, images and folders whose name begins
+    with a dot (other files that do are ignored), and names that cannot stand in a list of one name a line (control
+    characters, not UTF-8).
 
     Raises UserError if there is no class folder, a class folder holds no image at all, or `split` leads out of `root`.
     """
@@ -107,6 +108,8 @@ def scan(root: Path, split: str = "") -> Listing:
     def reason(entry: os.DirEntry) -> str | None:
         if any(ord(letter) < 32 or ord(letter) == 127 or 0xD800 <= ord(letter) < 0xE000 for letter in entry.name):
             return "its name holds control characters or is not UTF-8: rename it"
+        if entry.name.startswith("."):
+            return "its name begins with a dot; torchvision's ImageFolder would read it"
         if entry.is_symlink() and not _real(entry.path).is_relative_to(inside):
             return f"a link that leaves {root}"
         return None
@@ -115,7 +118,17 @@ def scan(root: Path, split: str = "") -> Listing:
         return os.path.join(split, parent, entry.name)
 
     def entries(path: Path) -> list[os.DirEntry]:
-        return sorted((e for e in os.scandir(path) if not e.name.startswith(".")), key=lambda entry: entry.name)
+        seen = (e for e in os.scandir(path) if not e.name.startswith(".") or could_hold_images(e))
+        return sorted(seen, key=lambda entry: entry.name)
+
+    def could_hold_images(entry: os.DirEntry) -> bool:
+        return os.path.isdir(entry.path) or entry.name.lower().endswith(OWN_SUFFIXES)
+
+    def nothing(path: Path | str, what: str) -> UserError:
+        """The error for a folder of which nothing can be used, with the first of the reasons."""
+        below = [f"{name}: {why}" for name, why in listing.skipped.items() if (root / name).is_relative_to(path)]
+        known = f"{below[0]}{f' (and {len(below) - 1} more)' if len(below) > 1 else ''}" if below else ""
+        return UserError(f"{path} holds no {what}{f'; passed over: {known}' if known else ': fill it or remove it'}")
 
     for class_entry in entries(folder):
         if why := reason(class_entry):
@@ -137,12 +150,10 @@ def scan(root: Path, split: str = "") -> Listing:
                 else:
                     names.append(name)
             if not names:
-                raise UserError(f"{class_entry.path} holds no images ({', '.join(OWN_SUFFIXES)}): fill it or remove it")
+                raise nothing(class_entry.path, f"images ({', '.join(OWN_SUFFIXES)})")
             listing.files[class_entry.name] = names
     if not listing.files:
-        raise UserError(
-            f"{folder} holds no class folders: expected one folder per class, with images ({', '.join(OWN_SUFFIXES)})"
-        )
+        raise nothing(folder, f"class folders, one per class, with images ({', '.join(OWN_SUFFIXES)}) in it")
     return listing
 
 

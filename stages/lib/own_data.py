@@ -23,6 +23,7 @@ from stages.lib.npz_images import Archive
 
 DEFAULT_IMAGE_SIZE = 64
 MAX_CLASSES = 10_000  # ImageNet-21k's 21,841 classes are out of reach of these networks; row numbers as labels are not
+VALIDATION = ("val", "valid", "validation")
 SHOWN = 20  # lines of the log for what was skipped; the data set keeps all
 COPY_ROWS = 256
 
@@ -117,7 +118,10 @@ def _read_folder(source: Path, size: int, spool: Path, skipped: dict[str, str]):
         raise UserError(f"{source} is {kind} the folder with train/<class>/ in it (an .npz file: data.source=npz)")
     if not source.is_dir():
         raise UserError(f"no folder {source}: expected one with train/<class>/ in it, and images there")
-    split = "train" if (source / "train").is_dir() else ""
+    beside = _folders(source)
+    split = "train" if "train" in beside else ""
+    if split and not _folders(source / split) and not set(beside) <= {"train", "test", *VALIDATION}:
+        split = ""  # a class of that name, among others
     listings = {"train": image_folder.scan(source, split)}
     if split and (source / "test").is_dir():
         listings["test"] = image_folder.scan(source, "test")
@@ -146,9 +150,14 @@ def _read_folder(source: Path, size: int, spool: Path, skipped: dict[str, str]):
             if again.files != listing.files or again.state() != before[name]:
                 raise UserError(f"{source} changed while it was read: nothing was written; run it again")
 
-    others = [name for name in ("val", "valid", "validation") if split and (source / name).is_dir()]
-    notes = [f"{source / name} is left out: neither trained on nor scored" for name in others]
+    others = [name for name in beside if split and name not in ("train", "test")]
+    notes = [f"{source / name} is left out: neither trained on nor scored" for name in others[:SHOWN]]
+    notes += [f"… and {len(others) - SHOWN} more folders beside train"] if len(others) > SHOWN else []
     return class_names, splits, notes, check_unchanged
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _folder_rows(listing: image_folder.Listing, class_names, size: int, title: str) -> Iterator[Row]:
