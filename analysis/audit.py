@@ -34,7 +34,6 @@ WITHOUT_SIZES = (
     "without their sizes (--defense whitened_mixture --option use_class_sizes=false; with DVC: "
     "-S ++defenses.whitened_mixture.use_class_sizes=false)"
 )
-FEW_CLASSES = 5  # fewer, and there is little to tell what halves of ordinary classes look like (defenses/README.md)
 
 
 @dataclass
@@ -125,10 +124,10 @@ def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: 
                 )
     if verdict.n_suspected is None and not by_hand:
         notes.append("This defense ranks rows and does not decide how many are poisoned: give a budget by hand.")
-    if len(sizes) < FEW_CLASSES:
+    if len(sizes) < audit_page.FEW_CLASSES:
         notes.append(
-            f"There are {len(sizes)} classes to compare with one another, fewer than {FEW_CLASSES}: judge by the pictures, and "
-            "not by the verdict alone."
+            f"There are {len(sizes)} classes to compare with one another, fewer than {audit_page.FEW_CLASSES}: judge by the "
+            "pictures, and not by the verdict alone."
         )
     small = int((sizes < audit_page.SMALL_CLASS).sum())
     if small:

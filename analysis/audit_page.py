@@ -15,6 +15,7 @@ from analysis import pictures
 # of it, and natural images in its place. One with 0.89 (Fashion-MNIST) had learnt the trigger, and all of it was found.
 WELL_FITTED = 0.7
 SMALL_CLASS = 8  # rows; in a smaller class two kinds of images cannot be told apart
+FEW_CLASSES = 5  # fewer, and there is little to tell what halves of ordinary classes look like (defenses/README.md)
 BINS = 44
 HEIGHT = 90  # of the histogram, in its own units; one bin is ten wide
 
@@ -119,11 +120,14 @@ def headline(summary: dict) -> tuple[str, str, str]:
             "open",
         )
     if not summary["suspected"]:
+        few = summary["classes_compared"] < FEW_CLASSES
         return (
-            "Nothing looks poisoned",
+            f"Nothing looks poisoned, as far as {summary['classes_compared']} classes tell"
+            if few
+            else "Nothing looks poisoned",
             "No class splits into two kinds of images that differ as a trigger makes them differ. This is no proof: what "
             "the model did not learn, and what is smaller than a handful of images, cannot be seen.",
-            "calm",
+            "open" if few else "calm",
         )
     classes = "1 class looks" if len(found) == 1 else f"{len(found)} classes look"
     return f"{classes} poisoned", text, "alarm"

@@ -177,7 +177,9 @@ def test_few_classes_are_pointed_out(audit, tmp_path):
     assert "judge by the pictures" not in audit(path).out
     few = {name: value[arrays["labels"] < 3] for name, value in arrays.items()}
     path = save(tmp_path / "three.npz", few | {"logits": few["logits"][:, :3]})
-    assert "There are 3 classes to compare with one another" in audit(path).out
+    ended = audit(path)
+    assert ended.out.startswith("Nothing looks poisoned, as far as 3 classes tell.")
+    assert "There are 3 classes to compare with one another" in ended.out
     assert "judge by the pictures" in (tmp_path / "out/report.html").read_text()
     assert "judge by the pictures" in audit(path, "--budget", 5).out  # the order may be wrong too
 
