@@ -85,11 +85,9 @@ def choose(settings: list[str], defenses: list[str] | None, seeds: list[int], bu
     rule = params.filter_(PARAMS).budget if budget is None else budget
     found = []
     for setting in dict.fromkeys(settings):
-        fraction = params.setting(PARAMS, setting).poison.poison_fraction
-        if rule == "fraction" and fraction is None:
-            raise UserError(f"setting {setting} has no poison fraction; give --budget auto or a number of rows")
-        names = eligible(PARAMS, list(values["defenses"]) if defenses is None else defenses, defenses is not None,
-                         told_fraction=fraction is not None, must_decide=rule == "auto")  # fmt: skip
+        names = runnable(
+            setting, list(values["defenses"]) if defenses is None else defenses, defenses is not None, rule
+        )
         found += [Cell(setting, name, seed, budget) for seed in dict.fromkeys(seeds) for name in names]
     for name in {cell.defense for cell in found}:
         listed = subprocess.run(["git", "ls-files", "--error-unmatch", f"defenses/{name}.py"], capture_output=True)
@@ -102,6 +100,14 @@ def choose(settings: list[str], defenses: list[str] | None, seeds: list[int], bu
     if times > 1:
         raise UserError(f"two cells would be named {name}: run their settings one after the other")
     return found
+
+
+def runnable(setting: str, defenses: list[str], named: bool, rule: str | int) -> list[str]:
+    """Those defenses that can run on this setting with this budget, as `eligible` tells it: before anything is trained."""
+    fraction = params.setting(PARAMS, setting).poison.poison_fraction
+    if rule == "fraction" and fraction is None:
+        raise UserError(f"setting {setting} has no poison fraction; give filter.budget auto or a number of rows")
+    return eligible(PARAMS, defenses, named, told_fraction=fraction is not None, must_decide=rule == "auto")
 
 
 def add_options(options: argparse.ArgumentParser) -> None:

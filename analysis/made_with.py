@@ -33,7 +33,7 @@ def difference(
         return str(error)
     if (
         found["attack"] != spec.attack
-        or json.loads(found["triggers"]) != [dataclasses.asdict(trigger) for trigger in attacks.triggers(spec)]
+        or json.loads(found["triggers"]) != attacks.triggers(spec)
         or storage.optional_fraction(found["poison_fraction"]) != spec.poison_fraction
         or any(not np.array_equal(fields[name], values) for name, values in wanted.items())
     ):

@@ -303,6 +303,10 @@ def record(dump: Dump, jobs: list[tuple[str, str, str | None]], out: Path) -> tu
     path = out / dump.use / dump.name / f"seed{dump.seed}.json"
     digest = storage.digest(dump.folder / "features.h5")
     found, failed = load_record(path), 0
+    if found.get("scored") and found.get("features") != digest:
+        raise UserError(
+            f"{path} holds the figures of another victim; delete it, or give another --out, to have those of {dump.folder}"
+        )
     if found.get("features") != digest:
         found = {"features": digest, "dump": dump.name, "seed": dump.seed, "use": dump.use, "scored": {}}
     arrays, checkpoint = read(dump)
@@ -383,6 +387,8 @@ def main() -> int:
         if args.ablation:
             jobs += [("whitened_mixture", mode, ablation) for ablation in ABLATIONS for mode in args.modes]
         there = [dump for dump in dumps if (dump.folder / "features.h5").exists()]
+        if not there:
+            raise UserError(f"none of these {len(dumps)} dumps is there; train their victims with --make")
         records, failed = [], 0
         for dump in there:
             try:

@@ -87,7 +87,7 @@ def budget(cell: dict) -> str:
 
 
 def flat(values) -> str:
-    """Parameters in words: ``badnets (size 3)``."""
+    """Parameters in words: ``badnets (patch_size 3)``."""
     if not isinstance(values, dict):
         return str(values)
     if len(values) > 1 and "name" in values:

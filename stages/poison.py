@@ -1,6 +1,5 @@
 """poison: choose the rows that the attacker stamps and relabels, and record them in the poison index."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ def summary(spec: params.Poison, labels: np.ndarray, arrays: dict[str, np.ndarra
     poisoned = arrays["role"] == storage.POISON
     after = labels.copy()
     after[arrays["rows"]] = arrays["labels_after"]
-    names = " and ".join(trigger.name for trigger in attacks.triggers(spec))
+    names = " and ".join(trigger["name"] for trigger in attacks.triggers(spec))
     if not names:  # "0 rows poisoned" would read as a verdict on a user's own data
         return f"no trigger: {len(labels)} rows, left as they are"
     attack = "" if spec.attack == "all_to_one" else f", {spec.attack}"
@@ -60,7 +59,7 @@ def main(args) -> None:
             test_labels, names = file["test/labels"][:], json.loads(file.attrs["class_names"])
         arrays = attacks.plan(labels, len(names), spec, args.seed)
         check_test_images(arrays["goals"], spec, test_labels, names)
-        options = [dataclasses.asdict(trigger) for trigger in attacks.triggers(spec)]
+        options = attacks.triggers(spec)
         pictures = [triggers.picture(trigger, shape) for trigger in options]
         for trigger, picture in zip(options, pictures, strict=True):
             triggers.make(trigger, picture)  # refuses what does not fit the images, before anything is trained

@@ -25,7 +25,7 @@ def given_options(args) -> dict:
         if not separator:
             raise UserError(f"--option {text!r}: expected KEY=VALUE")
         try:
-            options[key] = params.load_yaml(value)
+            options[key] = params.exponent(params.load_yaml(value))
         except ValueError as error:
             raise UserError(f"--option {text!r}: {value!r} is not valid YAML") from error
     return options

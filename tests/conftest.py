@@ -19,7 +19,7 @@ from stages.lib.errors import UserError
 # One epoch on 200 digits of 8 x 8; a few milliseconds to prepare and a second to train.
 TINY = {
     "data": {"source": "digits", "image_size": 8, "train_per_class": 20, "test_per_class": 5},
-    "poison": {"trigger": {"name": "badnets", "size": 3}, "poison_fraction": 0.1, "target_label": 2},
+    "poison": {"trigger": {"name": "badnets", "patch_size": 3}, "poison_fraction": 0.1, "target_label": 2},
     "model": {"network": "resnet20"},
     "train": {"epochs": 1, "batch_size": 32, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4, "crop_padding": 1,
               "flip": False},

@@ -70,7 +70,7 @@ def cell(setting="alpha", defense="one", seed=1, *, clean_acc=0.9, asr=0.1, reca
             "collapses": {name: [] for name in names},
             "parameters": {
                 "setting": {"data": {"source": "digits"}, "model": {"network": "resnet20"}, "train": {"epochs": 2},
-                            "poison": {"trigger": {"name": "badnets", "size": 3}, "poison_fraction": 0.25}},
+                            "poison": {"trigger": {"name": "badnets", "patch_size": 3}, "poison_fraction": 0.25}},
                 "defense": {},
                 "filter": {"budget": "fraction", "budget_multiplier": 1.0},
             },

@@ -117,6 +117,8 @@ def test_mistakes_are_told_before_work_begins(clone):
     status, output = run(clone, "--defenses", "nobody")
     assert status == 1 and "start" not in output and "Traceback" not in output
     assert "defense 'nobody' has no line in params.yaml" in output
+    status, output = run(clone, "--settings", "quick-clean", "--defenses", "scan")
+    assert status == 1 and "start" not in output and "setting quick-clean has no poison fraction" in output
 
 
 @pytest.mark.parametrize(

@@ -480,7 +480,7 @@ def test_a_file_that_is_cut_short_or_missing(damaged, name, file, keep):
         (("image_size: 8", "pad_to: 8\n      image_size: 16"), "prepare", "data.pad_to is 8, less than the images' 16"),
         (("poison_fraction: 0.1", "poison_fraction: 0.001"), "poison", "is no row at all"),
         (("target_label: 2", "target_label: 10"), "poison", "poison.target_label is 10, but the classes are 0 to 9"),
-        (("size: 3", "size: 9"), "poison", "a patch of 9 pixels does not fit"),
+        (("patch_size: 3", "patch_size: 9"), "poison", "a patch of 9 pixels does not fit"),
         (("network: resnet20", "network: vgg16bn"), "victim", "vgg16bn needs images of at least 32 pixels"),
         (("budget: fraction", "budget: 200"), "filter", "remove 200 of 200 rows"),
         (("budget: fraction", "budget: auto"), "filter", "does not decide for itself"),

@@ -84,7 +84,7 @@ PARAMS = {
     "defenses": {"d": {"n": 3, "word": "x"}},
     "settings": {
         "s": {"data": {"source": "digits", "image_size": 16},
-              "poison": {"trigger": {"name": "badnets", "size": 3}, "poison_fraction": 0.05, "target_label": 0},
+              "poison": {"trigger": {"name": "badnets", "patch_size": 3}, "poison_fraction": 0.05, "target_label": 0},
               "model": {"network": "resnet20"},
               "train": {"epochs": 3, "batch_size": 4, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0,
                         "crop_padding": 2, "flip": False}},

@@ -82,7 +82,7 @@ def test_what_is_left_out_has_its_default(write):
         ("settings.s.modle", "model"),
         ("settings.s.data.imagesize", "image_size"),
         ("settings.s.poison.poison_fractoin", "poison_fraction"),
-        ("settings.s.poison.trigger.sise", "size"),
+        ("settings.s.poison.trigger.patch_sise", "patch_size"),
         ("settings.s.model.netwrok", "network"),
         ("settings.s.train.epoch", "epochs"),
     ],
@@ -137,7 +137,7 @@ def test_a_word_like_no_other_gets_the_list_and_no_guess(write, refuses):
         ("poison.trigger", None, "a block with name (one of badnets, blend, "),
         ("poison.trigger.name", "badnet", "one of badnets, blend, sig, wanet, adaptive_blend, none"),
         ("poison.trigger.name", None, "one of badnets, blend, "),
-        ("poison.trigger.size", 0, "a whole number in [1, 256]"),
+        ("poison.trigger.patch_size", 0, "a whole number in [1, 256]"),
         ("poison.trigger.corner", "top_left", "one of bottom_right, bottom_left"),
         ("model.network", "resnet18", "one of resnet20, vgg16bn, mobilenetv2"),
         ("train.epochs", 0, "a whole number in [1, 100000]"),
@@ -168,7 +168,7 @@ def test_wrong_value_in_a_setting(write, refuses, key, value, expected):
     ("key", "value"),
     [
         ("data.image_size", 8), ("data.image_size", 256), ("data.image_size", None), ("data.train_per_class", 2),
-        ("poison.poison_fraction", 0.5), ("poison.trigger.size", 1), ("poison.trigger.size", 256),
+        ("poison.poison_fraction", 0.5), ("poison.trigger.patch_size", 1), ("poison.trigger.patch_size", 256),
         ("train.momentum", 0.0), ("train.momentum", 1.0), ("train.lr", 1000.0), ("train.crop_padding", 0),
     ],
 )  # fmt: skip
@@ -235,14 +235,14 @@ def test_wrong_option_of_a_trigger(write, refuses, trigger, key, value, expected
 @pytest.mark.parametrize(
     ("trigger", "key", "known"),
     [
-        (BADNETS, "alpha", "name, size, corner"),
-        (BADNETS, "pattern", "name, size, corner"),
-        (BADNETS, "cover_ratio", "name, size, corner"),
-        (BLEND, "size", "name, alpha, pattern"),
+        (BADNETS, "alpha", "name, patch_size, corner"),
+        (BADNETS, "pattern", "name, patch_size, corner"),
+        (BADNETS, "cover_ratio", "name, patch_size, corner"),
+        (BLEND, "patch_size", "name, alpha, pattern"),
         (SIG, "alpha", "name, delta, frequency"),
-        (WANET, "size", "name, grid, strength, cover_ratio"),
+        (WANET, "patch_size", "name, grid, strength, cover_ratio"),
         (ADAPTIVE, "grid", "name, alpha, pattern, pieces_per_side, cover_ratio"),
-        (NONE, "size", "name"),
+        (NONE, "patch_size", "name"),
     ],
 )
 def test_an_option_that_the_trigger_does_not_read(write, refuses, trigger, key, known):
@@ -273,7 +273,7 @@ def test_an_option_that_the_attack_does_not_read(write, refuses, poison, key):
     [
         (TACT | {"source_label": 2}, "source_label and target_label are both 2"),
         (TWO | {"target_label": 1}, "target_label and second_target_label are both 1"),
-        (TWO | {"second_trigger": BADNETS | {"size": 3}}, "trigger and second_trigger are the same"),
+        (TWO | {"second_trigger": BADNETS | {"patch_size": 3}}, "trigger and second_trigger are the same"),
         (TACT | {"trigger": WANET}, "trigger.name is 'wanet'; expected one of badnets, blend, sig"),
         (TWO | {"second_trigger": NONE}, "second_trigger.name is 'none'; expected one of badnets, blend, sig"),
         ({"attack": "clean_label", "trigger": ADAPTIVE, "poison_fraction": 0.1}, "expected one of badnets, blend, sig"),
@@ -381,6 +381,18 @@ def test_defense_options(write, refuses):
     assert params.defense_options(write({}), "with_options") == {"n": 3}
     with refuses("defense 'with_option' has no line", "did you mean with_options?", "known: d, with_options", "{}"):
         params.defense_options(write({}), "with_option")
+
+
+@pytest.mark.parametrize("key", ["size", "nfiles"])
+def test_no_parameter_has_a_name_that_the_run_cache_does_not_see(write, refuses, key):
+    """dvc/stage/cache.py hashes a stage's parameters without keys of these names."""
+    path = write({"defenses.with_options": {key: 5}})
+    with refuses(path, f"defenses.with_options.{key}", "run cache does not look", "another name"):
+        params.defense_options(path, "with_options")
+    blocks = [
+        block for block in vars(params).values() if isinstance(block, type) and hasattr(block, "__dataclass_fields__")
+    ]
+    assert len(blocks) > 10 and not any(key in block.__dataclass_fields__ for block in blocks)
 
 
 @pytest.mark.parametrize("options", [None, 3, [], {1: 2}])

@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "data": {"source": "digits", "image_size": 8, "train_per_class": 20, "test_per_class": 10},
-    "poison": {"trigger": {"name": "badnets", "size": 2}, "poison_fraction": 0.1, "target_label": 1},
+    "poison": {"trigger": {"name": "badnets", "patch_size": 2}, "poison_fraction": 0.1, "target_label": 1},
     "model": {"network": "resnet20"},
     "train": {
         "epochs": 1,
@@ -117,6 +117,13 @@ def test_which_stages_run(clone):
     clone.git("checkout", "-q", ".")
     clone.dvc("checkout", "dvc.yaml")
     assert clone.ran("repro") == []
+
+    key = "settings.tiny.poison.trigger.patch_size=3"
+    assert "poison" in clone.ran("exp", "run", "-S", key, "poison"), (
+        "a key that DVC's run cache looks at (params.UNSEEN)"
+    )
+    clone.git("checkout", "-q", ".")
+    clone.dvc("checkout", "dvc.yaml")
 
     defense = clone.folder / "defenses/confidence_filter.py"
     defense.write_text(defense.read_text() + "\n# a remark that changes no score\n")

@@ -56,7 +56,7 @@ def test_patch_in_a_colour_image():
 
 def test_a_patch_may_fill_the_image_and_no_more(refuses):
     assert (stamped(trigger("badnets", (4, 5, 1), size=4), np.zeros((1, 4, 5, 1)))[0, :, 1:] == 255).all()
-    with refuses("a patch of 5 pixels", "4 x 5", "lower poison.trigger.size"):
+    with refuses("a patch of 5 pixels", "4 x 5", "lower poison.trigger.patch_size"):
         trigger("badnets", (4, 5, 1), size=5)
 
 
@@ -685,7 +685,7 @@ def test_another_seed_chooses_other_rows(made, command, write_params, tmp_path):
         ({"target_label": 2}, "poison.target_label is 2, but the classes are 0 to 1"),
         ({"target_label": 0, "poison_fraction": 0.5}, "asks for 5 rows, but only 4 of 10"),
         ({"target_label": 0, "poison_fraction": 0.04}, "is no row at all"),
-        ({"target_label": 0, "trigger": {"name": "badnets", "size": 5}}, "a patch of 5 pixels does not fit"),
+        ({"target_label": 0, "trigger": {"name": "badnets", "patch_size": 5}}, "a patch of 5 pixels does not fit"),
         ({"target_label": 0, "trigger": {"name": "blend", "pattern": "no.png"}}, "'no.png' is not a readable picture"),
     ],
 )

@@ -129,6 +129,12 @@ def test_from_the_list_to_the_tables(tmp_path):
         assert stale.returncode == 1 and expected in stale.stderr and len(stale.stderr.splitlines()) == 1, stale.stderr
         assert "left out" in stale.stderr, "and the others would go on"
         (tmp_path / path).write_text(text)
+    record.write_text(record.read_text().replace(found["features"], "0" * 64))
+    other = run(tmp_path, *words, "--dumps", "tiny")
+    assert (
+        other.returncode == 1
+        and "holds the figures of another victim; delete it, or give another --out" in other.stderr
+    )
     record.write_text(record.read_text()[:100])
     assert "is damaged" in run(tmp_path, *words, "--dumps", "tiny").stderr
 
@@ -137,6 +143,10 @@ def test_mistakes_are_one_line(tmp_path):
     for words, expected in (
         (["--defenses", "spectre_of"], "unknown defense 'spectre_of'"),
         (["--list", "nowhere.yaml"], "nowhere.yaml is not there"),
+        (
+            ["--list", str(ROOT / "analysis/dumps.yaml"), "--dumps", "quick-tact"],
+            "dumps is there; train their victims with --make",
+        ),
     ):
         done = run(tmp_path, *words)
         assert done.returncode == 1 and expected in done.stderr and len(done.stderr.splitlines()) == 1

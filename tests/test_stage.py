@@ -132,6 +132,15 @@ def test_a_folder_is_no_output(folder, refuses, name):
         raise AssertionError("refused before any work is done")
 
 
+def test_what_is_read_is_not_written_over(folder, refuses):
+    (folder / "in").write_text("features")
+    (folder / "link").symlink_to(folder / "in")
+    for out in ("in", "link"):
+        with refuses(folder / out, "would be written over"), stage.Outputs([folder / out], [folder / "in"]):
+            raise AssertionError("refused before any work is done")
+    assert (folder / "in").read_text() == "features"
+
+
 def test_wrong_parameters_are_refused_before_a_folder_is_made(folder, refuses):
     def read():
         raise UserError("wrong value")

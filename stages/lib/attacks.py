@@ -17,6 +17,8 @@ all_to_all       Rows of every class y, relabelled to y + 1 modulo C (Gu et al. 
                  are taken for y + 1.
 """
 
+import dataclasses
+
 import numpy as np
 
 from stages.lib import params
@@ -34,10 +36,12 @@ ELIGIBLE = {
 }
 
 
-def triggers(poison: params.Poison) -> list[params.Trigger]:
-    """The block of each trigger of the attack; none with the trigger ``none``."""
+def triggers(poison: params.Poison) -> list[dict]:
+    """What the poison index says of each trigger of the attack, for `triggers.make`; none with the trigger ``none``."""
     blocks = [poison.trigger, getattr(poison, "second_trigger", None)]
-    return [block for block in blocks if block is not None and block.name != "none"]
+    found = [dataclasses.asdict(block) for block in blocks if block is not None and block.name != "none"]
+    # The index says `size`, from before params.yaml could not (`params.UNSEEN`): an old index stays what it is, and its victims.
+    return [{"size" if key == "patch_size" else key: value for key, value in options.items()} for options in found]
 
 
 def goals(poison: params.Poison, n_classes: int) -> np.ndarray:

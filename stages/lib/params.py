@@ -19,6 +19,7 @@ SOURCES = ("digits", "cifar10", "cifar100", "fashion_mnist", "folder", "npz")
 OWN_SOURCES = ("folder", "npz")  # a user's own data, at `data.path`
 OWN_IMAGE_SIZES = (32, 224)
 NETWORKS = ("resnet20", "vgg16bn", "mobilenetv2")
+UNSEEN = ("size", "nfiles")  # DVC's run cache leaves keys of these names out of its key: another value, the old result
 
 
 def _number(low: float, high: float, default=MISSING, low_open: bool = False):
@@ -51,10 +52,10 @@ class Data:
 
 @dataclass(frozen=True)
 class BadNets:
-    """`size`: pixels a side of the white square."""
+    """`patch_size`: pixels a side of the white square."""
 
     name: str = _one_of("badnets")
-    size: int = _number(1, 256, default=3)
+    patch_size: int = _number(1, 256, default=3)
     corner: str = _one_of("bottom_right", "bottom_left", default="bottom_right")
 
 
@@ -376,7 +377,13 @@ def defense_options(path: Path, name: str) -> dict:
     options = defenses[name]
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise UserError(f"{path}: defenses.{name} is {options!r}; expected its options, or {{}} for none")
-    return {key: _exponent(value) for key, value in options.items()}
+    for key in UNSEEN:
+        if key in options:
+            raise UserError(
+                f"{path}: defenses.{name}.{key}: DVC's run cache does not look at a parameter called {key} and would bring back "
+                "what another value gave; give the option another name"
+            )
+    return {key: exponent(value) for key, value in options.items()}
 
 
 def _build(cls, block, where: str):
@@ -425,7 +432,7 @@ def _value(hint, value, metadata, where: str):
     if value is None and type(None) in options:
         return None
     if float in options:
-        value = _exponent(value)
+        value = exponent(value)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     wrong = type(value) not in options
@@ -445,7 +452,7 @@ def _is_block(hint) -> bool:
     return hasattr((typing.get_args(hint) or (hint,))[0], "__dataclass_fields__")
 
 
-def _exponent(value):
+def exponent(value):
     """PyYAML reads 1e-5 (no dot) as a string, and so it arrives from `dvc exp run -S`."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)

@@ -58,6 +58,8 @@ class Outputs:
         for path in files:
             if path.is_dir():
                 raise UserError(f"{path} is a folder; expected the name of a file to write")
+            if os.path.realpath(path) in map(os.path.realpath, self.inputs):
+                raise UserError(f"{path} is read and would be written over; choose another name for what is written")
         self.before = {path: _identity(path) for path in self.inputs}
         self.parameters_before = self.parameters()
         self.temporary = {}

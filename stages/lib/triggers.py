@@ -161,7 +161,7 @@ def badnets(picture: np.ndarray, size: int, corner: str = "bottom_right") -> Sta
     height, width, _ = picture.shape
     if size > min(height, width):
         raise UserError(
-            f"a patch of {size} pixels does not fit an image of {height} x {width}; lower poison.trigger.size"
+            f"a patch of {size} pixels does not fit an image of {height} x {width}; lower poison.trigger.patch_size"
         )
     alpha = np.zeros((height, width, 1), np.float32)
     alpha[height - size :, slice(size) if corner == "bottom_left" else slice(width - size, width)] = 1
