@@ -383,6 +383,19 @@ def test_defense_options(write, refuses):
         params.defense_options(write({}), "with_option")
 
 
+def test_the_file_of_the_defense_is_looked_at_before_anything_is_trained(write, refuses, tmp_path):
+    path = write({})
+    params.read(path)  # no folder of defenses beside it
+    (tmp_path / "defenses").mkdir()
+    with refuses("defense 'd' has a line in", "but there is no file", "defenses/d.py"):
+        params.read(path)
+    (tmp_path / "defenses/d.py").write_text("class BackdoorDefense:\n    def fit(self:\n")
+    with refuses("defenses/d.py, line 2: ", "mend the file of the defense"):
+        params.read(path)
+    (tmp_path / "defenses/d.py").write_text("class BackdoorDefense: ...\n")
+    params.read(path)
+
+
 @pytest.mark.parametrize("key", ["size", "nfiles"])
 def test_no_parameter_has_a_name_that_the_run_cache_does_not_see(write, refuses, key):
     """dvc/stage/cache.py hashes a stage's parameters without keys of these names."""

@@ -326,6 +326,17 @@ def _check_defense(name: str, defenses: dict, path: Path) -> None:
             f"defense {name!r} has no line in {path}{_did_you_mean(name, defenses)}; "
             f"a new one needs `{name}: {{}}` under `defenses:`"
         )
+    folder = Path(path).parent / "defenses"
+    if not folder.is_dir():  # parameters of a list of dumps, say
+        return
+    file = folder / f"{name}.py"
+    try:  # told here, before a victim is trained for it; what only an import shows, `score` tells
+        compile(file.read_bytes(), file, "exec")
+    except FileNotFoundError as error:
+        raise UserError(f"defense {name!r} has a line in {path}, but there is no file {file}") from error
+    except (SyntaxError, ValueError) as error:
+        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise UserError(f"{file}{where}: {getattr(error, 'msg', error)}; mend the file of the defense") from error
 
 
 def _check_own(data: Data, where: str) -> None:
