@@ -54,9 +54,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         for name, tensor in checkpoint.state.items()
     }
     content = {"kind": "checkpoint", "schema_version": SCHEMA_VERSION, "about": json.dumps(about), "state": state}
-    buffer = (
-        io.BytesIO()
-    )  # on a full disk torch.save would raise a RuntimeError about positions, where a file says OSError
+    buffer = io.BytesIO()  # on a full disk torch.save would raise a RuntimeError about positions, where a file says OSError
     torch.save(content, buffer)
     Path(path).write_bytes(sealed.with_seal(buffer.getvalue()))
 

@@ -33,9 +33,7 @@ class Archive:
         except IsADirectoryError as error:
             raise UserError(f"{path} is a folder: set data.source to folder, or give an .npz file") from error
         except Exception as error:  # of a damaged one: BadZipFile, NotImplementedError, ValueError, struct.error, …
-            raise UserError(
-                f"{path} is no .npz archive, perhaps cut short ({error}); make it with numpy.savez"
-            ) from error
+            raise UserError(f"{path} is no .npz archive, perhaps cut short ({error}); make it with numpy.savez") from error
         self.names = {name.removesuffix(".npy") for name in self.zip.namelist() if name.endswith(".npy")}
 
     def __enter__(self) -> "Archive":
