@@ -113,18 +113,17 @@ def headline(summary: dict) -> tuple[str, str, str]:
         )
     if summary["decided_by"] == "nobody":
         return "Ranked, not judged", "This defense does not say whether the data are poisoned.", "open"
-    if not summary["suspected"] and summary["classes_compared"] < 2:
-        return (
-            "Too few rows to judge by",
-            f"Nearly every class has fewer than {SMALL_CLASS} rows: two kinds of images within one cannot be told apart.",
-            "open",
-        )
     if not summary["suspected"]:
-        few = summary["classes_compared"] < FEW_CLASSES
+        compared = summary["classes_compared"]
+        if compared < 2:
+            return (
+                "Too few rows to judge by",
+                f"Nearly every class has fewer than {SMALL_CLASS} rows: two kinds of images within one cannot be told apart.",
+                "open",
+            )
+        few = compared < FEW_CLASSES
         return (
-            f"Nothing looks poisoned, as far as {summary['classes_compared']} classes tell"
-            if few
-            else "Nothing looks poisoned",
+            "Nothing looks poisoned" + (f", as far as {compared} classes tell" if few else ""),
             "No class splits into two kinds of images that differ as a trigger makes them differ. This is no proof: what "
             "the model did not learn, and what is smaller than a handful of images, cannot be seen.",
             "open" if few else "calm",

@@ -106,7 +106,7 @@ def runnable(setting: str, defenses: list[str], named: bool, rule: str | int) ->
     """Those defenses that can run on this setting with this budget, as `eligible` tells it: before anything is trained."""
     fraction = params.setting(PARAMS, setting).poison.poison_fraction
     if rule == "fraction" and fraction is None:
-        raise UserError(f"setting {setting} has no poison fraction; give filter.budget auto or a number of rows")
+        raise UserError(f"setting {setting} has no poison fraction; give auto or a number of rows as the budget")
     return eligible(PARAMS, defenses, named, told_fraction=fraction is not None, must_decide=rule == "auto")
 
 

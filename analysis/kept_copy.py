@@ -27,10 +27,9 @@ def make(names: list[str], source: Path, target: Path, *, link: bool) -> None:
     check_target(source, target)
     if source.is_file():
         raise UserError(f"{source} is a file, and kept.txt names rows of its arrays: pick them in Python (README.md)")
-    name, times = Counter(names).most_common(1)[0]
-    if times > 1:
-        raise UserError(f"{name!r} stands {times} times among the kept; expected each name once")
-    for name in names:
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise UserError(f"{name!r} stands {times} times among the kept; expected each name once")
         path = source / name
         if "\0" in name:  # no path holds one
             raise UserError(f"{name!r} is no name of a file")

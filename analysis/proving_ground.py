@@ -303,11 +303,11 @@ def record(dump: Dump, jobs: list[tuple[str, str, str | None]], out: Path) -> tu
     path = out / dump.use / dump.name / f"seed{dump.seed}.json"
     digest = storage.digest(dump.folder / "features.h5")
     found, failed = load_record(path), 0
-    if found.get("scored") and found.get("features") != digest:
-        raise UserError(
-            f"{path} holds the figures of another victim; delete it, or give another --out, to have those of {dump.folder}"
-        )
     if found.get("features") != digest:
+        if found.get("scored"):
+            raise UserError(
+                f"{path} holds the figures of another victim; delete it, or give another --out, to have those of {dump.folder}"
+            )
         found = {"features": digest, "dump": dump.name, "seed": dump.seed, "use": dump.use, "scored": {}}
     arrays, checkpoint = read(dump)
     poisoned = arrays[3]

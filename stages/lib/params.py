@@ -279,6 +279,7 @@ def read(path: Path) -> dict:
         _check_name(values.get(key, "none"), f"{path}: {key}")
     if "defense" in values:  # this and the filter are told before the trainings, not after them
         _check_defense(values["defense"], values["defenses"], path)
+        _check_file(values["defense"], path)
     seed = values.get("seed", 0)
     if type(seed) is not int or seed < 0:
         raise UserError(f"{path}: seed is {seed!r}; expected a whole number from 0")
@@ -326,11 +327,15 @@ def _check_defense(name: str, defenses: dict, path: Path) -> None:
             f"defense {name!r} has no line in {path}{_did_you_mean(name, defenses)}; "
             f"a new one needs `{name}: {{}}` under `defenses:`"
         )
+
+
+def _check_file(name: str, path: Path) -> None:
+    """Whether the file of the chosen defense is there and parses; what only an import shows, `score` tells."""
     folder = Path(path).parent / "defenses"
     if not folder.is_dir():  # parameters of a list of dumps, say
         return
     file = folder / f"{name}.py"
-    try:  # told here, before a victim is trained for it; what only an import shows, `score` tells
+    try:
         compile(file.read_bytes(), file, "exec")
     except FileNotFoundError as error:
         raise UserError(f"defense {name!r} has a line in {path}, but there is no file {file}") from error
