@@ -13,6 +13,7 @@ times drift, ratios less so.
 import argparse
 import contextlib
 import json
+import os
 import platform
 import resource
 import statistics
@@ -44,6 +45,7 @@ SIZE = 32
 WARM_UP_STEPS = 3
 READY = "ready"  # what a contender says when it is warm
 N_IMAGES = {"cpu": 4096, "cuda": 50_000}  # few: an epoch would end every 30 ms on a GPU
+GNU_SPINCOUNT = "300000"  # what GNU OpenMP takes of itself, unless there are more threads than cores
 MATMUL_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
 
 
@@ -54,6 +56,13 @@ def case(network: str, n: int):
     images = rng.integers(0, 256, (n, SIZE, SIZE, channels), dtype=np.uint8)
     labels = rng.integers(0, n_classes, n)
     return images, labels, Architecture(network, n_classes, SIZE, (0.5,) * channels, (0.25,) * channels), recipe
+
+
+def decided(network: str) -> device.Device:
+    """As for a training on a full data set."""
+    recipe = case(network, 2)[3]
+    steps = recipe.epochs * (N_IMAGES["cuda"] // recipe.batch_size)
+    return device.decide(runtime.load(), device.Work(network, steps, recipe.batch_size * SIZE**2))
 
 
 class PlainSet(torch.utils.data.Dataset):
@@ -104,7 +113,7 @@ def synchronise(where: torch.device) -> None:
 
 def ours(network: str, n: int, seconds: float) -> dict:
     images, labels, architecture, recipe = case(network, n)
-    how = device.decide(runtime.load())
+    how = decided(network)
     started = time.perf_counter()
     trainer = Trainer(images, labels, architecture, recipe, how, seed=0)
     first = draws(n, recipe, 0, 0, 0).to(how.device)[:, : recipe.batch_size]
@@ -121,12 +130,12 @@ def ours(network: str, n: int, seconds: float) -> dict:
             epoch += 1
 
     step = time_steps(trainer.full_step, batches(), how.device, seconds)
-    return {"seconds_per_step": step, "set_up_seconds": set_up}
+    return {"seconds_per_step": step, "set_up_seconds": set_up, "compile": how.compile}
 
 
 def plain(network: str, n: int, seconds: float) -> dict:
-    """No channels-last, no fused optimiser, no kept memory, nothing computed twice; bf16 autocast on a GPU, as a careful user
-    has it."""
+    """No channels-last, no fused optimiser, no kept memory, nothing computed twice, threads that wait as they do by default; bf16
+    autocast on a GPU, as a careful user has it."""
     images, labels, architecture, recipe = case(network, n)
     wanted = runtime.load().device
     where = torch.device("cuda" if wanted == "auto" and torch.cuda.is_available() else wanted.replace("auto", "cpu"))
@@ -202,11 +211,14 @@ def in_processes(contender: str, network: str, args, number: int = 1) -> list[di
     """`measure` in so many processes at once, each with memory and threads of its own, timed when all are warm."""
     command = [sys.executable, "-m", "benchmarks.training", "--contender", contender, "--networks", network]
     command += ["--seconds", str(args.seconds), "--n", str(args.n)]
+    environment = os.environ | ({"GOMP_SPINCOUNT": GNU_SPINCOUNT} if contender == "plain" else {})
     with contextlib.ExitStack() as stack:
         errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(number)]  # a pipe can fill up
         running = []
         for file in errors:
-            process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file)
+            process = subprocess.Popen(
+                command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file
+            )
             stack.callback(process.wait)
             stack.callback(process.kill)  # before the wait, if something goes wrong; nothing if it has ended
             running.append(process)
@@ -254,14 +266,17 @@ def main() -> None:
     args.n = args.n or N_IMAGES[how.device.type]
     peak = matmul_peak(how)
     commit = current_commit()
+    conditions = how.describe()
+    del conditions["compile"]  # told with each network
     found = {
-        "conditions": how.describe() | {
+        "conditions": conditions | {
             "python": platform.python_version(), "commit": commit, "date": time.strftime("%Y-%m-%d"),
             "rounds": args.rounds, "seconds": args.seconds, "n": args.n, "matmul_peak_tflops": peak / 1e12,
         },
         "networks": {},
     }  # fmt: skip
-    print(f"{how}; matrix-multiply peak {peak / 1e12:.2f} TFLOP/s; commit {commit}")
+    print(f"{conditions['device']}, {conditions['threads']} threads, {how.precision}; commit {commit}")
+    print(f"matrix-multiply peak {peak / 1e12:.2f} TFLOP/s")
     print(
         f"{'network':<13}{'loop':<7}{'ms/step':>9}{'images/s':>10}{'of peak':>9}{'memory MB':>11}{'set-up s':>10}{'ratio':>8}"
     )
@@ -276,11 +291,12 @@ def main() -> None:
             step = statistics.median(one[name]["seconds_per_step"] for one in rounds)
             memory = max(one[name]["peak_memory_mb"] for one in rounds)
             set_up = [one[name]["set_up_seconds"] for one in rounds if name == "ours"]
+            engine = {"compile": rounds[0]["ours"]["compile"], "set_up_seconds_of_each_round": set_up} if set_up else {}
             found["networks"][network][name] = {
                 "ms_per_step": step * 1e3,
                 "ms_per_step_of_each_round": [one[name]["seconds_per_step"] * 1e3 for one in rounds],
                 "images_per_second": batch / step, "share_of_peak": flops / step / peak, "peak_memory_mb": memory,
-            } | ({"set_up_seconds_of_each_round": set_up} if set_up else {})  # fmt: skip
+            } | engine  # fmt: skip
             print(
                 f"{network:<13}{name:<7}{step * 1e3:>9.1f}{batch / step:>10.0f}{flops / step / peak:>9.1%}"
                 f"{memory:>11.0f}{f'{max(set_up):.1f}' if set_up else '':>10}{ratio if name == 'plain' else 1:>8.2f}",

@@ -45,7 +45,9 @@ def main(args) -> None:
         del training_set
         architecture = Architecture(model.network, poisoned.n_classes, poisoned.image_size, poisoned.mean, poisoned.std)
         # By all rows, not the kept ones: victim, oracle and retraining are compiled or not, all alike.
-        where = device.decide(runtime.load(), recipe.epochs * (poisoned.index.n // recipe.batch_size))
+        steps = recipe.epochs * (poisoned.index.n // recipe.batch_size)
+        work = device.Work(model.network, steps, recipe.batch_size * poisoned.image_size**2)
+        where = device.decide(runtime.load(), work)
         first = "victim" if poisoned.index.poisoned.any() else "model"  # of a folder that is audited nothing is known
         title = {ALL: first, CLEAN: "oracle"}.get(args.rows, "retrained")
         print(f"{title}: {model.network} on {len(rows)} rows, {recipe.epochs} epochs, {where}", flush=True)

@@ -101,10 +101,10 @@ def test_a_second_run_to_other_paths_gives_the_same_bytes(chain, tmp_path, name)
 def test_all_trainings_of_a_cell_are_compiled_alike(chain, tmp_path, monkeypatch):
     """Decided by the steps over all 200 rows: with 180 kept ones an epoch has one full step fewer."""
     told, decide = [], device.decide
-    monkeypatch.setattr(device, "decide", lambda runtime, steps=None: told.append(steps) or decide(runtime, steps))
+    monkeypatch.setattr(device, "decide", lambda runtime, work=None: told.append(work) or decide(runtime, work))
     for name in ("victim", "oracle", "retrained"):
         assert chain.run(name, f"{tmp_path}/").status == 0
-    assert told == [200 // 32] * 3
+    assert [work.steps for work in told] == [200 // 32] * 3
 
 
 def test_the_chain_leaves_its_outputs_and_nothing_else(chain):

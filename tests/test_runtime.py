@@ -132,19 +132,27 @@ def test_wrong_file(folder, refuses, content, words):
     (None, "gcc", None), (None, "clang", None), (None, None, "no C compiler"),
     ("gcc-14", "gcc-14", None), ("gcc-14", "gcc", "no C compiler found (gcc-14)"),
 ])  # fmt: skip
-def test_a_gpu_compiles_only_with_a_compiler(monkeypatch, named, there, lacking):
+def test_a_gpu_compiles_only_with_a_c_compiler(monkeypatch, named, there, lacking):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name == "triton")
     monkeypatch.setattr(device.shutil, "which", lambda name: name if name == there else None)
     monkeypatch.delenv("CC", raising=False)
     if named:
         monkeypatch.setenv("CC", named)
-    found = device.what_compiling_lacks()
+    found = device.what_a_gpu_lacks()
     assert found is None if lacking is None else found.startswith(lacking)
 
 
 def test_a_gpu_compiles_only_with_triton(monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    assert device.what_compiling_lacks() == "triton is not installed"
+    assert device.what_a_gpu_lacks() == "triton is not installed"
+
+
+def test_a_cpu_compiles_only_where_inductor_can(monkeypatch):
+    assert device.what_a_cpu_lacks() is None
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert "No working C++ compiler" in device.what_a_cpu_lacks()
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -167,10 +175,29 @@ def test_a_gpu_is_decided_on(gpu, wish, made_current):
 
 
 @pytest.mark.parametrize(("wish", "steps", "compiled"), [
-    ("auto", 29_999, False), ("auto", 30_000, True), ("auto", None, True), ("on", 360, True), ("off", 39_000, False),
+    ("auto", 29_999, False), ("auto", 30_000, True), ("on", 360, True), ("off", 39_000, False),
 ])  # fmt: skip
-def test_a_short_training_is_not_compiled(gpu, monkeypatch, wish, steps, compiled):
-    monkeypatch.setattr(device, "what_compiling_lacks", lambda: None)
-    found = device.decide(runtime.Runtime("cuda", compile=wish), steps)
+def test_a_short_training_is_not_compiled_for_a_gpu(gpu, monkeypatch, wish, steps, compiled):
+    monkeypatch.setattr(device, "what_a_gpu_lacks", lambda: None)
+    found = device.decide(runtime.Runtime("cuda", compile=wish), device.Work("resnet20", steps, 128 * 32**2))
     assert found.compile == compiled
     assert ("29,999 steps take less time than compiling" in found.reason) == (steps == 29_999)
+
+
+@pytest.mark.parametrize(("wish", "network", "steps", "lacks", "reason"), [
+    ("auto", "resnet20", 381, None, "not compiled: 381 steps take less time than compiling"),
+    ("auto", "resnet20", 382, None, "compiled"),
+    ("auto", "mobilenetv2", 40_000, None, "compiled"),
+    ("auto", "mobilenetv2", 40_000, "no g++", "not compiled: no g++"),
+    ("auto", "vgg16bn", 40_000, None, "not compiled: vgg16bn gains nothing by it on a CPU"),
+    ("on", "vgg16bn", 1, "no g++", "compiled as asked"),
+    ("off", "resnet20", 40_000, None, "not compiled as asked"),
+])  # fmt: skip
+def test_a_cpu_compiles_what_gains_by_it(monkeypatch, wish, network, steps, lacks, reason):
+    monkeypatch.setattr(device, "what_a_cpu_lacks", lambda: lacks)
+    found = device.decide(runtime.Runtime("cpu", compile=wish), device.Work(network, steps, 128 * 32**2))
+    assert found.reason.split("; ")[-1] == reason and found.compile == (not reason.startswith("not"))
+
+
+def test_nothing_is_compiled_where_nothing_is_trained(gpu):
+    assert [device.decide(runtime.Runtime(where)).compile for where in ("cpu", "cuda")] == [False, False]

@@ -1,6 +1,7 @@
 """The engine against a slow, obvious loop; determinism, interruption and collapse."""
 
 import contextlib
+import copy
 import math
 import os
 import random
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from stages.lib import models, scratch, training
-from stages.lib.device import Device
+from stages.lib.device import KEPT_ON_CPU, Device
 from stages.lib.errors import UserError
 from stages.lib.seeds import stream
 from stages.lib.training import Architecture, Recipe, Trainer, learning_rate
@@ -129,6 +130,20 @@ def test_the_graph_of_a_step_does_what_the_step_does(precision, compiled, monkey
     assert moved > 5e-3, "by no more than the tolerance"
 
 
+def gradient(network, x, labels, dtype, kept=None):
+    """Of the loss by all weights, one vector in float64. kept: of the compiled network, see `training.compiled`."""
+    model = models.build(network, 3, 10, x.shape[2], seed=0).to(x.device, dtype, memory_format=torch.channels_last)
+    forward = model if kept is None else training.compiled(model, kept)
+    F.cross_entropy(forward(x.to(dtype)), labels).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
+
+
+def batch(n, size, where):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
+    return x.to(where), torch.randint(0, 10, (n,), generator=generator).to(where)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("network", models.NETWORKS)
 def test_compiled_for_a_gpu_has_the_gradient_of_eager(network, monkeypatch):
@@ -136,18 +151,20 @@ def test_compiled_for_a_gpu_has_the_gradient_of_eager(network, monkeypatch):
     its length away from the one in float64. The compiled one is about as far off; its order of sums is another."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(128, 3, 32, 32, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (128,), generator=generator).cuda()
-
-    def gradient(dtype, compiled):
-        model = models.build(network, 3, 10, 32, seed=0).cuda().to(dtype, memory_format=torch.channels_last)
-        F.cross_entropy((training.compiled(model) if compiled else model)(x.to(dtype)), labels).backward()
-        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
-
-    exact = gradient(torch.float64, False)
-    eager, compiled = ((gradient(torch.float32, how) - exact).norm() / exact.norm() for how in (False, True))
+    data = batch(128, 32, "cuda")
+    exact = gradient(network, *data, torch.float64)
+    eager, compiled = (
+        (gradient(network, *data, torch.float32, kept) - exact).norm() / exact.norm() for kept in (None, 1.0)
+    )
     assert compiled < 4 * eager + 1e-5
+
+
+@pytest.mark.parametrize("network", ["resnet20", pytest.param("mobilenetv2", marks=pytest.mark.slow)])
+def test_compiled_for_a_cpu_has_the_gradient_of_eager(network):
+    """In double precision: see `test_same_weights_as_the_plain_loop`."""
+    data = batch(16, 8, "cpu")
+    exact, compiled = (gradient(network, *data, torch.float64, kept) for kept in (None, KEPT_ON_CPU[network]))
+    assert 0 < (compiled - exact).norm() / exact.norm() < 1e-9
 
 
 class StandInStream:
@@ -449,13 +466,16 @@ def test_bf16_keeps_weights_and_statistics_in_fp32():
     assert half["loss"] == pytest.approx(full["loss"], rel=0.05) and half["loss"] != full["loss"]
 
 
-@pytest.mark.slow
-def test_compiled_is_the_same_mathematics():
+def test_a_compiled_training_is_the_eager_one_and_resumed_the_same_bit_for_bit():
+    """Full steps compiled, the short one eager."""
     images, labels = images_and_labels(n=40)
-    losses = []
-    for compiled in (False, True):
-        trainer = Trainer(
-            images, labels, ARCHITECTURE, RECIPE, Device(torch.device("cpu"), "fp32", compiled, ""), seed=0
-        )
-        losses.append(trainer.run_epoch()["loss"])
+    how = Device(torch.device("cpu"), "fp32", True, "tests")
+    eager, compiled, resumed = (Trainer(images, labels, ARCHITECTURE, RECIPE, which, 0) for which in (CPU, how, how))
+    assert compiled.full_step != compiled._step
+    losses = [trainer.run_epoch()["loss"] for trainer in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    resumed.load_state_dict(copy.deepcopy(compiled.state_dict()))
+    for trainer in (compiled, resumed):
+        trainer.run_epoch()
+    state = resumed.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in compiled.model.state_dict().items())

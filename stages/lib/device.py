@@ -15,8 +15,21 @@ from stages.lib.runtime import Runtime
 # Full steps from which compiling for a GPU pays, if the three trainings of a cell share it: 38 to 57 s for ResNet-20 and 0.59
 # ms gained a step, 39 to 59 s and 0.64 ms for VGG-16-BN, 88 to 96 s and 1.52 ms for MobileNetV2 (one H200, benchmarks/README.md).
 COMPILE_STEPS = 30_000
+# Pixels trained on from which it pays for a CPU, and for which networks: see benchmarks/README.md. With each network the share
+# of its activations that a compiled step keeps for the backward pass; what lies between is computed again.
+COMPILE_PIXELS = 50_000_000
+KEPT_ON_CPU = {"resnet20": 1.0, "mobilenetv2": 0.4}
 # mallopt(3) parameters of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training, as far as it tells whether compiling pays: its full steps, and the pixels of a batch."""
+
+    network: str
+    steps: int
+    batch_pixels: int
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,8 @@ class Device:
         return f"{self.device} ({how}), {self.precision}: {self.reason}"
 
 
-def decide(runtime: Runtime, steps: int | None = None) -> Device:
-    """Settle every `auto`, and prepare the process for it (threads, memory). steps: full ones of the training, if known."""
+def decide(runtime: Runtime, work: Work | None = None) -> Device:
+    """Settle every `auto`, and prepare the process for it (threads, memory). work: what is to be trained, if anything is."""
     if runtime.device == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         why = ["a GPU is there" if name == "cuda" else "no GPU found"]
@@ -67,16 +80,9 @@ def decide(runtime: Runtime, steps: int | None = None) -> Device:
         )
         why.append("bf16 autocast is fast there" if precision == "bf16" else "fp32 is exact and no slower")
     if runtime.compile == "auto":
-        # Eager with kept memory (below) is as fast on ResNet-20 and 1.2 times faster on MobileNetV2 than Inductor's code
-        # for two cores, and spares its minute of compiling: benchmarks/README.md.
-        if device.type == "cpu":
-            lacking = "it does not pay on a CPU"
-        elif steps is not None and steps < COMPILE_STEPS:
-            lacking = f"{steps:,} steps take less time than compiling"
-        else:
-            lacking = what_compiling_lacks()
-        compile_ = lacking is None
-        why.append("compiled" if compile_ else f"not compiled: {lacking}")
+        against = why_not_compile(device, work)
+        compile_ = against is None
+        why.append("compiled" if compile_ else f"not compiled: {against}")
     else:
         compile_ = runtime.compile == "on"
         why.append("compiled as asked" if compile_ else "not compiled as asked")
@@ -91,7 +97,29 @@ def decide(runtime: Runtime, steps: int | None = None) -> Device:
     return Device(device, precision, compile_, "; ".join(why))
 
 
-def what_compiling_lacks() -> str | None:
+def why_not_compile(device: torch.device, work: Work | None) -> str | None:
+    """Why compiling does not pay or cannot be done here, or None."""
+    if work is None:
+        return "nothing is trained"
+    if device.type == "cuda":
+        too_short, lacking = work.steps < COMPILE_STEPS, what_a_gpu_lacks
+    elif work.network not in KEPT_ON_CPU:
+        return f"{work.network} gains nothing by it on a CPU"
+    else:
+        too_short, lacking = work.steps * work.batch_pixels < COMPILE_PIXELS, what_a_cpu_lacks
+    return f"{work.steps:,} steps take less time than compiling" if too_short else lacking()
+
+
+def what_a_cpu_lacks() -> str | None:
+    """How Inductor fails to compile the least of functions for a CPU, or None: it needs a C++ compiler, and Python's headers."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8))
+    except Exception as error:  # of a dozen classes, by what is missing
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def what_a_gpu_lacks() -> str | None:
     """Why Inductor could not build kernels for a GPU here, or None: container images often have no C compiler."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from stages.lib import models
-from stages.lib.device import Device
+from stages.lib.device import KEPT_ON_CPU, Device
 from stages.lib.errors import UserError
 from stages.lib.progress import EpochProgress
 from stages.lib.scratch import Scratch
@@ -98,9 +99,11 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images.to(mean.dtype) - mean) / std).permute(0, 3, 1, 2)
 
 
-def compiled(model: torch.nn.Module) -> torch.nn.Module:
+def compiled(model: torch.nn.Module, kept: float = 1.0) -> torch.nn.Module:
     """`model`, compiled for batches of one shape. Hundreds of casts, counters and sums are less work than a launch each:
-    several of them share a kernel."""
+    several of them share a kernel. kept: the share of activations, by their size, that wait in memory for the backward pass,
+    which computes the others again; it counts for the whole process."""
+    functorch_config.activation_memory_budget = kept
     return torch.compile(model, dynamic=False, options={"combo_kernels": True})
 
 
@@ -147,7 +150,7 @@ class Trainer:
         # The short last batch has a shape of its own: it runs as it is, since compiling it again would cost more.
         self.full_step: Callable[[Tensor], None] = self._step
         if device.compile:
-            forward = compiled(self.model)
+            forward = compiled(self.model, 1.0 if on_gpu else KEPT_ON_CPU.get(architecture.network, 1.0))
             self.full_step = lambda batch: self._step(batch, forward)
         if on_gpu and self.n >= recipe.batch_size:
             self.full_step = self._graphed(self.full_step)
