@@ -150,7 +150,7 @@ class Trainer:
         # The short last batch has a shape of its own: it runs as it is, since compiling it again would cost more.
         self.full_step: Callable[[Tensor], None] = self._step
         if device.compile:
-            forward = compiled(self.model, 1.0 if on_gpu else KEPT_ON_CPU.get(architecture.network, 1.0))
+            forward = compiled(self.model, 1.0 if on_gpu else KEPT_ON_CPU[architecture.network])
             self.full_step = lambda batch: self._step(batch, forward)
         if on_gpu and self.n >= recipe.batch_size:
             self.full_step = self._graphed(self.full_step)
