@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.lib import checkpoints, device, params, runtime, stage, storage
+from stages.lib import checkpoints, device, models, params, runtime, stage, storage
 from stages.lib.errors import UserError
 from stages.lib.poisoning import PoisonedData, open_poisoned
 from stages.lib.scratch import Scratch
@@ -46,7 +46,7 @@ def main(args) -> None:
         architecture = Architecture(model.network, poisoned.n_classes, poisoned.image_size, poisoned.mean, poisoned.std)
         # By all rows, not the kept ones: victim, oracle and retraining are compiled or not, all alike.
         steps = recipe.epochs * (poisoned.index.n // recipe.batch_size)
-        work = device.Work(model.network, steps, recipe.batch_size * poisoned.image_size**2)
+        work = device.Work(model.network, steps, recipe.batch_size * models.side_in_full(poisoned.image_size) ** 2)
         where = device.decide(runtime.load(), work)
         first = "victim" if poisoned.index.poisoned.any() else "model"  # of a folder that is audited nothing is known
         title = {ALL: first, CLEAN: "oracle"}.get(args.rows, "retrained")

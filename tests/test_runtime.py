@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.lib import device, runtime
+from stages.lib import device, models, runtime
+from stages.lib.errors import UserError, telling_line
 
 
 @pytest.fixture(autouse=True)
@@ -147,12 +148,23 @@ def test_a_gpu_compiles_only_with_triton(monkeypatch):
     assert device.what_a_gpu_lacks() == "triton is not installed"
 
 
-def test_a_cpu_compiles_only_where_inductor_can(monkeypatch):
-    assert device.what_a_cpu_lacks() is None
+def test_a_cpu_compiles_only_where_inductor_can():
+    import torch._inductor.config
+
     torch._dynamo.reset()
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        assert "No working C++ compiler" in device.what_a_cpu_lacks()
+        lacking = device.what_a_cpu_lacks()
+        assert "No working C++ compiler" in lacking
+        with pytest.raises(UserError, match="No working C.. compiler .*set BACKDOOR_COMPILE=off"):
+            device.decide(runtime.Runtime("cpu", compile="on"), device.Work("resnet20", 1, 1))
     torch._dynamo.reset()
+
+
+def test_of_an_error_of_many_lines_the_telling_one_is_shown():
+    lines = "backend='inductor' raised:\nCppCompileError: C++ compile error\n\ng++ x\nx:1: fatal error: Python.h: no such"
+    assert telling_line(RuntimeError(lines)) == "x:1: fatal error: Python.h: no such"
+    assert telling_line(RuntimeError("backend='inductor' raised:\nno compiler\nmore")) == "no compiler"
+    assert telling_line(RuntimeError("")) == "RuntimeError"
 
 
 @pytest.fixture
@@ -181,22 +193,31 @@ def test_a_short_training_is_not_compiled_for_a_gpu(gpu, monkeypatch, wish, step
     monkeypatch.setattr(device, "what_a_gpu_lacks", lambda: None)
     found = device.decide(runtime.Runtime("cuda", compile=wish), device.Work("resnet20", steps, 128 * 32**2))
     assert found.compile == compiled
-    assert ("29,999 steps take less time than compiling" in found.reason) == (steps == 29_999)
+    assert ("29,999 steps gain less than compiling costs" in found.reason) == (steps == 29_999)
 
 
 @pytest.mark.parametrize(("wish", "network", "steps", "lacks", "reason"), [
-    ("auto", "resnet20", 381, None, "not compiled: 381 steps take less time than compiling"),
+    ("auto", "resnet20", 381, None, "not compiled: 381 steps gain less than compiling costs"),
     ("auto", "resnet20", 382, None, "compiled"),
     ("auto", "mobilenetv2", 153, None, "compiled"),
     ("auto", "mobilenetv2", 40_000, "no g++", "not compiled: no g++"),
     ("auto", "vgg16bn", 40_000, None, "not compiled: vgg16bn gains nothing by it on a CPU"),
-    ("on", "vgg16bn", 1, "no g++", "compiled as asked"),
+    ("on", "vgg16bn", 1, None, "compiled as asked"),
     ("off", "resnet20", 40_000, None, "not compiled as asked"),
 ])  # fmt: skip
 def test_a_cpu_compiles_what_gains_by_it(monkeypatch, wish, network, steps, lacks, reason):
     monkeypatch.setattr(device, "what_a_cpu_lacks", lambda: lacks)
     found = device.decide(runtime.Runtime("cpu", compile=wish), device.Work(network, steps, 128 * 32**2))
     assert found.reason.split("; ")[-1] == reason and found.compile == (not reason.startswith("not"))
+
+
+def test_pixels_are_counted_where_most_of_the_work_is():
+    """From 64 pixels a side on the first convolution halves them."""
+    for size in (28, 63, 64, 65):
+        first = next(
+            m for m in models.build("resnet20", 1, 2, size, seed=0).modules() if isinstance(m, torch.nn.Conv2d)
+        )
+        assert models.side_in_full(size) == first(torch.zeros(1, 1, size, size)).shape[3]
 
 
 def test_nothing_is_compiled_where_nothing_is_trained(gpu):

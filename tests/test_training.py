@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from stages.lib import models, scratch, training
-from stages.lib.device import KEPT_ON_CPU, Device
+from stages.lib.device import Device, what_a_cpu_lacks
 from stages.lib.errors import UserError
 from stages.lib.seeds import stream
 from stages.lib.training import Architecture, Recipe, Trainer, learning_rate
@@ -130,10 +130,37 @@ def test_the_graph_of_a_step_does_what_the_step_does(precision, compiled, monkey
     assert moved > 5e-3, "by no more than the tolerance"
 
 
+@pytest.fixture(scope="module")
+def inductor():
+    if lacking := what_a_cpu_lacks():
+        pytest.skip(f"Inductor does not work here: {lacking}")
+
+
+def test_compiled_code_is_not_taken_over_from_another_processor(inductor, tmp_path):
+    """Inductor's cache has no word of the width of vectors, which is in the code. The other one here has none."""
+    script = """
+import sys, torch
+from torch._dynamo.utils import counters
+from torch._inductor import cpu_vec_isa
+from stages.lib import training
+if sys.argv[1] == "other":
+    cpu_vec_isa.pick_vec_isa = lambda: cpu_vec_isa.invalid_vec_isa
+training.compiled(torch.nn.Softmax(1), torch.device("cpu"))(torch.rand(64, 64))
+print(counters["inductor"]["fxgraph_cache_hit"])
+"""
+    command, root = [sys.executable, "-c", script], os.path.dirname(os.path.dirname(__file__))
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    hits = [
+        subprocess.run([*command, which], cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
+        for which in ("this", "this", "other")
+    ]
+    assert [int(hit) for hit in hits] == [0, 1, 0]
+
+
 def gradient(network, x, labels, dtype, kept=None):
     """Of the loss by all weights, one vector in float64. kept: of the compiled network, see `training.compiled`."""
     model = models.build(network, 3, 10, x.shape[2], seed=0).to(x.device, dtype, memory_format=torch.channels_last)
-    forward = model if kept is None else training.compiled(model, kept)
+    forward = model if kept is None else training.compiled(model, x.device, kept)
     F.cross_entropy(forward(x.to(dtype)), labels).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
 
@@ -160,10 +187,10 @@ def test_compiled_for_a_gpu_has_the_gradient_of_eager(network, monkeypatch):
 
 
 @pytest.mark.parametrize("network", ["resnet20", pytest.param("mobilenetv2", marks=pytest.mark.slow)])
-def test_compiled_for_a_cpu_has_the_gradient_of_eager(network):
+def test_compiled_for_a_cpu_has_the_gradient_of_eager(network, inductor):
     """In double precision: see `test_same_weights_as_the_plain_loop`."""
     data = batch(16, 8, "cpu")
-    exact, compiled = (gradient(network, *data, torch.float64, kept) for kept in (None, KEPT_ON_CPU[network]))
+    exact, compiled = (gradient(network, *data, torch.float64, kept) for kept in (None, training.KEPT_ON_CPU[network]))
     assert 0 < (compiled - exact).norm() / exact.norm() < 1e-9
 
 
@@ -466,7 +493,7 @@ def test_bf16_keeps_weights_and_statistics_in_fp32():
     assert half["loss"] == pytest.approx(full["loss"], rel=0.05) and half["loss"] != full["loss"]
 
 
-def test_a_compiled_training_is_the_eager_one_and_resumed_the_same_bit_for_bit():
+def test_a_compiled_training_is_the_eager_one_and_resumed_the_same_bit_for_bit(inductor):
     """Full steps compiled, the short one eager."""
     images, labels = images_and_labels(n=40)
     how = Device(torch.device("cpu"), "fp32", True, "tests")

@@ -5,27 +5,28 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from dataclasses import dataclass
 
 import torch
 
-from stages.lib.errors import UserError
+from stages.lib.errors import UserError, telling_line
 from stages.lib.runtime import Runtime
 
 # Full steps from which compiling for a GPU pays, if the three trainings of a cell share it: 38 to 57 s for ResNet-20 and 0.59
 # ms gained a step, 39 to 59 s and 0.64 ms for VGG-16-BN, 88 to 96 s and 1.52 ms for MobileNetV2 (one H200, benchmarks/README.md).
 COMPILE_STEPS = 30_000
-# Networks for which it pays on a CPU, by the same count, and the pixels trained on from which it does (benchmarks/README.md).
+# Networks for which it pays on a CPU, if three trainings share it, and the pixels trained on from which it does, in full
+# precision (benchmarks/README.md).
 COMPILE_PIXELS = {"resnet20": 50_000_000, "mobilenetv2": 20_000_000}
-# The share of its activations that a network compiled for a CPU keeps for the backward pass; the others are computed again.
-KEPT_ON_CPU = {"resnet20": 1.0, "vgg16bn": 1.0, "mobilenetv2": 0.4}
 # mallopt(3) parameters of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
 class Work:
-    """A training, as far as it tells whether compiling pays: its full steps, and the pixels of a batch."""
+    """A training, as far as it tells whether compiling pays: its full steps, and the pixels of a batch, after the first
+    convolution."""
 
     network: str
     steps: int
@@ -85,6 +86,8 @@ def decide(runtime: Runtime, work: Work | None = None) -> Device:
         why.append("compiled" if compile_ else f"not compiled: {against}")
     else:
         compile_ = runtime.compile == "on"
+        if compile_ and work is not None and device.type == "cpu" and (lacking := what_a_cpu_lacks()):
+            raise UserError(f"compiling was asked for, but fails ({lacking}); set BACKDOOR_COMPILE=off")
         why.append("compiled as asked" if compile_ else "not compiled as asked")
     if device.type == "cuda":
         cudnn = torch.backends.cudnn
@@ -107,15 +110,18 @@ def why_not_compile(device: torch.device, work: Work | None) -> str | None:
         return f"{work.network} gains nothing by it on a CPU"
     else:
         too_short, lacking = work.steps * work.batch_pixels < COMPILE_PIXELS[work.network], what_a_cpu_lacks
-    return f"{work.steps:,} steps take less time than compiling" if too_short else lacking()
+    return f"{work.steps:,} steps gain less than compiling costs" if too_short else lacking()
 
 
 def what_a_cpu_lacks() -> str | None:
-    """How Inductor fails to compile the least of functions for a CPU, or None: it needs a C++ compiler, and Python's headers."""
+    """How Inductor fails to compile the least of functions for a CPU, or None: it needs a C++ compiler, and Python's headers.
+    What an earlier training has compiled is taken from its cache, and says no more than that this can be read."""
     try:
-        torch.compile(torch.sin)(torch.zeros(8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it
+            torch.compile(torch.sin)(torch.zeros(8))
     except Exception as error:  # of a dozen classes, by what is missing
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return telling_line(error)
     return None
 
 

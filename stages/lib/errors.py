@@ -11,3 +11,10 @@ class UserError(Exception):
     def __init__(self, message: str):
         words = " ".join(message.split())
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in words))
+
+
+def telling_line(error: Exception) -> str:
+    """The line that says most of an error of torch, which has many: a compiler's first error, else the first that is no mere
+    "backend='inductor' raised:"."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.rstrip().endswith("raised:")]
+    return next((line for line in lines if " error: " in line), lines[0] if lines else type(error).__name__)

@@ -251,6 +251,11 @@ MIN_IMAGE_SIZE = {"resnet20": 4, "vgg16bn": 32, "mobilenetv2": 8}  # pixels a si
 HALVED_FROM = 64  # pixels a side from which the first convolution has stride 2
 
 
+def side_in_full(image_size: int) -> int:
+    """Pixels a side after the first convolution."""
+    return (image_size + 1) // 2 if image_size >= HALVED_FROM else image_size
+
+
 def build(network: str, in_channels: int, n_classes: int, image_size: int, seed: int) -> _Network:
     """New network with weights drawn from `seed` on the CPU (the same on every device); in training mode."""
     if network not in NETWORKS:

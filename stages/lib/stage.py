@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stages.lib.errors import UserError
+from stages.lib.errors import UserError, telling_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,9 +127,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except MemoryError:
         sys.exit(f"{name}: out of memory; nothing was written")
     except RuntimeError as error:
-        words = (str(error).strip() or type(error).__name__).splitlines()[
-            0
-        ]  # torch's errors, which is not imported here
+        words = telling_line(error)  # torch's errors, which is not imported here
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             sys.exit(f"{name}: out of memory ({words}); nothing was written")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):

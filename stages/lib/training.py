@@ -16,13 +16,15 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from stages.lib import models
-from stages.lib.device import KEPT_ON_CPU, Device
+from stages.lib.device import Device
 from stages.lib.errors import UserError
 from stages.lib.progress import EpochProgress
 from stages.lib.scratch import Scratch
 from stages.lib.seeds import stream
 
 MAX_ATTEMPTS = 3  # one training and two repetitions after a collapse
+# The share of its activations that a network compiled for a CPU keeps for the backward pass; the others are computed again.
+KEPT_ON_CPU = {"resnet20": 1.0, "vgg16bn": 1.0, "mobilenetv2": 0.4}
 GRAPH_WARM_UP_STEPS = 3  # CUDA graphs: enough for cuDNN and the allocator to settle
 
 
@@ -99,12 +101,24 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images.to(mean.dtype) - mean) / std).permute(0, 3, 1, 2)
 
 
-def compiled(model: torch.nn.Module, kept: float = 1.0) -> torch.nn.Module:
+def compiled(model: torch.nn.Module, where: torch.device, kept: float = 1.0) -> Callable[[Tensor], Tensor]:
     """`model`, compiled for batches of one shape. Hundreds of casts, counters and sums are less work than a launch each:
     several of them share a kernel. kept: the share of activations, by their size, that wait in memory for the backward pass,
-    which computes the others again; it counts for the whole process."""
-    functorch_config.activation_memory_budget = kept
-    return torch.compile(model, dynamic=False, options={"combo_kernels": True})
+    which computes the others again."""
+    options: dict[str, bool | int] = {"combo_kernels": True}
+    if where.type == "cpu":
+        # Inductor's cache does not tell processors apart (torch 2.11: nor numbers of threads). Code for vectors of another width
+        # computes wrong numbers.
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        options |= {"cpp.simdlen": pick_vec_isa().bit_width(), "cpp.threads": torch.get_num_threads()}
+    forward = torch.compile(model, dynamic=False, options=options)
+
+    def run(inputs: Tensor) -> Tensor:
+        with functorch_config.patch(activation_memory_budget=kept):  # the first call compiles
+            return forward(inputs)
+
+    return run
 
 
 class Trainer:
@@ -150,12 +164,12 @@ class Trainer:
         # The short last batch has a shape of its own: it runs as it is, since compiling it again would cost more.
         self.full_step: Callable[[Tensor], None] = self._step
         if device.compile:
-            forward = compiled(self.model, 1.0 if on_gpu else KEPT_ON_CPU[architecture.network])
+            forward = compiled(self.model, target, 1.0 if on_gpu else KEPT_ON_CPU[architecture.network])
             self.full_step = lambda batch: self._step(batch, forward)
         if on_gpu and self.n >= recipe.batch_size:
             self.full_step = self._graphed(self.full_step)
 
-    def _step(self, batch: Tensor, model: torch.nn.Module | None = None) -> None:
+    def _step(self, batch: Tensor, model: Callable[[Tensor], Tensor] | None = None) -> None:
         rows, top, left, flip = batch
         images = self.crops[rows, top, left]
         images = torch.where(flip.bool()[:, None, None, None], images.flip(2), images)
