@@ -7,6 +7,7 @@ python -m stages.score --defense path/to/file.py --features features.h5 --out sc
 
 import json
 import operator
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,12 @@ def main(args) -> None:
     except defenses.DefenseError as error:
         raise UserError(str(error)) from error
     print(f"{args.defense}: {len(scores)} scores in {args.out}")
+    if beside := sorted(name for name in sys.modules if name.startswith("defenses.")):
+        print(
+            f"{args.defense} imports {', '.join(beside)}, which DVC does not watch: when that changes, change a line of the "
+            "defense's own file too, or DVC takes the scores from before for the present ones",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
