@@ -47,6 +47,17 @@ def suspicions(name: str, defense) -> tuple[int | None, np.ndarray | None]:
     return number, classes
 
 
+def unwatched() -> list[str]:
+    """Files of this checkout that a defense has imported: DVC watches its own file alone, and follows no imports."""
+    root = Path(__file__).resolve().parents[1]
+    files = {getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if "_defense_" not in name}
+    inside = [Path(file).relative_to(root) for file in files if file and root in Path(file).parents]
+    own = ("stages", "site-packages")  # what this stage is made of, and what is installed
+    return sorted(
+        str(path) for path in inside if not set(own) & set(path.parts) and path != Path("defenses/__init__.py")
+    )
+
+
 def main(args) -> None:
     fraction = args.poison_fraction
     if fraction is not None and not 0 < fraction <= 0.5:
@@ -84,7 +95,7 @@ def main(args) -> None:
     except defenses.DefenseError as error:
         raise UserError(str(error)) from error
     print(f"{args.defense}: {len(scores)} scores in {args.out}")
-    if beside := sorted(name for name in sys.modules if name.startswith("defenses.")):
+    if beside := unwatched():
         print(
             f"{args.defense} imports {', '.join(beside)}, which DVC does not watch: when that changes, change a line of the "
             "defense's own file too, or DVC takes the scores from before for the present ones",

@@ -358,17 +358,27 @@ def test_a_file_for_the_public_benchmark_scores_a_dump_from_elsewhere(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["custom_backdoor_defense.py", "dump.h5", "scores.h5"]
 
 
-def test_a_module_beside_a_defense_is_named(chain, tmp_path):
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("", ""),
+        ("from defenses import scan", "imports defenses/scan.py, which DVC does not watch"),
+        (
+            "import sys; sys.path.insert(0, {folder!r}); import scan",
+            "imports defenses/scan.py, which DVC does not watch",
+        ),
+        ("import analysis.files", "imports analysis/__init__.py, analysis/files.py, which DVC does not watch"),
+    ],
+)
+def test_a_module_beside_a_defense_is_named(chain, tmp_path, line, said):
     """In a process of its own: other tests import modules of `defenses`."""
-    (tmp_path / "own.py").write_text(CUSTOM)
-    (tmp_path / "other.py").write_text("from defenses import scan\n" + CUSTOM)
-    for name, said in (("own.py", ""), ("other.py", "other.py imports defenses.scan, which DVC does not watch")):
-        words = ["--defense", name, "--features", chain.folder / "a/features.h5", "--out", "scores.h5"]
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.score", *words], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0 and done.stderr.startswith(said) and bool(done.stderr) == bool(said)
+    (tmp_path / "own.py").write_text(line.format(folder=str(ROOT / "defenses")) + "\n" + CUSTOM)
+    words = ["--defense", "own.py", "--features", chain.folder / "a/features.h5", "--out", "scores.h5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.score", *words], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0 and said in done.stderr and bool(done.stderr) == bool(said)
 
 
 def test_what_a_defense_suspects_is_stored(chain, tmp_path):
