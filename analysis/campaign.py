@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,14 @@ class Campaign:
     """Cells on their way through the queue. `waiting`, `running` and what became of the others in `outcome`.
 
     finish: called with a cell, its experiment and the commit that this stands on as soon as it is there; returns the
-    file that it has written.
+    file that it has written. watched: files that a queued cell takes from the workspace, and that must not change meanwhile.
     """
 
-    def __init__(self, queue: Queue, todo: list[Cell], finish: Callable[[Cell, str, str], Path]):
+    def __init__(
+        self, queue: Queue, todo: list[Cell], finish: Callable[[Cell, str, str], Path], watched: Iterable[Path] = ()
+    ):
         self.queue, self.finish = queue, finish
+        self.watched = {path: path.read_bytes() for path in watched}
         self.waiting, self.running, self.outcome = list(todo), {}, {}
         self.open_groups: set[tuple[str, int]] = set()  # settings and seeds whose victim and oracle are there
         self.preparing: dict[str, str] = {}  # experiment by setting
@@ -105,6 +108,12 @@ class Campaign:
             if cell.setting not in self.preparing and (group in self.open_groups or group not in under_way):
                 chosen.append(cell)
                 under_way.add(group)
+        for path, content in self.watched.items() if chosen else ():
+            if path.read_bytes() != content:
+                raise UserError(
+                    f"{path} has changed since the start, and the next cells would be of the new one; "
+                    "the same command goes on, with the file as it is then"
+                )
         for cell in chosen:
             self.queue.put(cell.name, cell.changes())
             self.waiting.remove(cell)

@@ -4,6 +4,7 @@ For the two commands that run one: `analysis.seeds` (DVC's queue, one machine) a
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 from collections import Counter
@@ -39,6 +40,10 @@ class Cell:
     def name(self) -> str:
         return f"{self.setting}-{self.defense}-{self.run}"
 
+    @property
+    def file(self) -> Path:
+        return Path("defenses") / f"{self.defense}.py"
+
     def changes(self) -> dict[str, object]:
         chosen = {"setting": self.setting, "defense": self.defense, "seed": self.seed}
         return chosen if self.budget is None else chosen | {"filter.budget": self._budget()}
@@ -65,10 +70,15 @@ class Cell:
         return path
 
     def is_exported(self, out: Path, values: dict) -> bool:
+        """Whether the result is there, of these parameters and of today's file of the defense (older results: of any)."""
         try:
             found = json.loads(self.result(out).read_text())
-            return found["schema_version"] == SCHEMA_VERSION and found["conditions"]["parameters"] == self.parameters(
-                values
+            conditions = found["conditions"]
+            made_by = conditions.get("defense_file")
+            return (
+                found["schema_version"] == SCHEMA_VERSION
+                and conditions["parameters"] == self.parameters(values)
+                and (made_by is None or made_by == hashlib.sha256(self.file.read_bytes()).hexdigest())
             )
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             return False
@@ -135,5 +145,6 @@ def without_result(args: argparse.Namespace) -> list[Cell]:
     chosen = choose(args.settings, args.defenses, args.seeds, args.budget)
     values = params.read(PARAMS)
     todo = [cell for cell in chosen if args.again or not cell.is_exported(args.out, values)]
-    print(f"{len(todo)} of {len(chosen)} cells to run; the others have their result in {args.out}/", flush=True)
+    there = f"; the others have their result in {args.out}/ (--again runs them too)" if len(todo) < len(chosen) else ""
+    print(f"{len(todo)} of {len(chosen)} cells to run{there}", flush=True)
     return todo

@@ -60,6 +60,7 @@ CELL = {
     },
     "conditions": {
         "commit?": str,
+        "defense_file?": str,
         "exported": str,
         "versions": {str: str},
         "runtime": {name: {"device": str, "precision": str, "torch": str} for name in CURVES},

@@ -68,7 +68,8 @@ def main(args) -> int:
         from stages.lib.device import available_cores
 
         queue.environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // args.jobs))
-    campaign = Campaign(queue, todo, lambda cell, *commits: export(cell, *commits, queue, args.out))
+    watched = {grid.PARAMS, *(cell.file for cell in todo)}
+    campaign = Campaign(queue, todo, lambda cell, *commits: export(cell, *commits, queue, args.out), watched)
     try:
         outcome = campaign.run()
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ the poison index, which this stage is never given. Works without DVC, with a def
 python -m stages.score --defense path/to/file.py --features features.h5 --out scores.h5
 """
 
+import hashlib
 import json
 import operator
 import sys
@@ -47,19 +48,17 @@ def suspicions(name: str, defense) -> tuple[int | None, np.ndarray | None]:
     return number, classes
 
 
-def unwatched() -> list[str]:
-    """Files of this checkout that a defense has imported: DVC watches its own file alone, and follows no imports."""
+def unwatched(before: set[str]) -> list[str]:
+    """Files of this checkout imported since: DVC watches the defense's own file alone, and follows no imports."""
     root = Path(__file__).resolve().parents[1]
-    files = {getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if "_defense_" not in name}
-    inside = [Path(file).relative_to(root) for file in files if file and root in Path(file).parents]
-    own = ("stages", "site-packages")  # what this stage is made of, and what is installed
-    return sorted(
-        str(path) for path in inside if not set(own) & set(path.parts) and path != Path("defenses/__init__.py")
-    )
+    new = [name for name in sys.modules if name not in before and not name.startswith("_defense_")]
+    files = [Path(file) for name in new if (file := getattr(sys.modules[name], "__file__", None))]
+    inside = [file.relative_to(root) for file in files if root in file.parents and "site-packages" not in file.parts]
+    return sorted(map(str, inside))
 
 
 def main(args) -> None:
-    fraction = args.poison_fraction
+    fraction, modules = args.poison_fraction, set(sys.modules)
     if fraction is not None and not 0 < fraction <= 0.5:
         raise UserError(f"--poison-fraction is {fraction}; expected a number in (0, 0.5]")
     try:
@@ -78,8 +77,14 @@ def main(args) -> None:
                     n_classes=file["logits"].shape[1],
                 )
                 index = file.attrs.get("index", "")
+            file = (
+                Path(args.defense)
+                if args.defense.endswith(".py")
+                else Path(defenses.__file__).with_name(f"{args.defense}.py")
+            )
             attributes = {
                 "defense": args.defense,
+                "defense_file": hashlib.sha256(file.read_bytes()).hexdigest(),
                 "relies_on": json.dumps(defenses.relies_on(defense)),
                 "poison_fraction": np.nan if fraction is None else fraction,
                 "index": index,
@@ -95,7 +100,7 @@ def main(args) -> None:
     except defenses.DefenseError as error:
         raise UserError(str(error)) from error
     print(f"{args.defense}: {len(scores)} scores in {args.out}")
-    if beside := unwatched():
+    if beside := unwatched(modules):
         print(
             f"{args.defense} imports {', '.join(beside)}, which DVC does not watch: when that changes, change a line of the "
             "defense's own file too, or DVC takes the scores from before for the present ones",

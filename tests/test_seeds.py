@@ -1,5 +1,6 @@
 """Seeds through DVC's queue: nothing trained twice, nothing run again, and every mistake told before anything is queued."""
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from analysis.eligible import eligible
 from analysis.grid import Cell
 from analysis.queue import EXPERIMENT, ROW, WORKERS, Queue
 from analysis.schema import SCHEMA_VERSION
+from stages.lib.errors import UserError
 
 WORDS = ["--settings", "tiny", "--seeds", "1"]
 
@@ -161,6 +163,19 @@ def test_a_result_counts_only_with_the_parameters_of_today(tmp_path):
     assert not forced.is_exported(tmp_path, values)
 
 
+def test_a_result_counts_only_with_the_file_of_today(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"settings": {"s": {}}, "defenses": {"d": {}}, "filter": {}}
+    cell = Cell("s", "d", 3, None)
+    cell.file.parent.mkdir()
+    cell.file.write_text("first")
+    conditions = {"parameters": cell.parameters(values), "defense_file": hashlib.sha256(b"first").hexdigest()}
+    cell.write(tmp_path, json.dumps({"schema_version": SCHEMA_VERSION, "conditions": conditions}))
+    assert cell.is_exported(tmp_path, values)
+    cell.file.write_text("second")
+    assert not cell.is_exported(tmp_path, values)
+
+
 class FakeQueue:
     """Ends at once what is started, in the way that `fails` names; remembers what was queued in which order."""
 
@@ -205,6 +220,17 @@ def test_one_whole_cell_of_each_seed_comes_first(monkeypatch):
     queue = FakeQueue()
     assert set(ended(monkeypatch, queue, CELLS).values()) == {"done"}
     assert queue.queued[:2] == ["s-a-seed1", "s-a-seed2"] and len(queue.queued) == 6
+
+
+def test_no_cell_is_queued_with_a_file_that_has_changed_meanwhile(monkeypatch, tmp_path):
+    """The first of a seed is queued at the start, the others when it is done; a queued cell takes what is there then."""
+    monkeypatch.setattr(campaign, "POLL", 0.0)
+    path, queue = tmp_path / "params.yaml", FakeQueue()
+    path.write_text("before")
+    ended = Campaign(queue, CELLS[:3], lambda *_: path.write_text("after"), [path])
+    with pytest.raises(UserError, match=r"params\.yaml has changed since the start.*the same command goes on"):
+        ended.run()
+    assert queue.queued == ["s-a-seed1"]
 
 
 def test_seeds_side_by_side_read_the_data_once(monkeypatch):

@@ -79,7 +79,10 @@ def test_victim_and_oracle_are_trained_once(clone, tmp_path):
     assert other.metrics() == found["metrics"]
 
     status, output = run(clone, *words)
-    assert (status, output) == (0, "0 of 2 cells to run; the others have their result in results/\n")
+    assert (status, output) == (
+        0,
+        "0 of 2 cells to run; the others have their result in results/ (--again runs them too)\n",
+    )
     shutil.rmtree(clone.folder / "results/tiny")
 
 
