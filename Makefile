@@ -22,15 +22,9 @@ install: $(INSTALLED) ## Make .venv with the pinned dependencies
 repro: install ## Run the pipeline: dvc repro
 	dvc repro
 
-# The path is quoted for the parser of -S, to which commas, brackets and apostrophes mean something.
-audit: install ## Audit your own images: make audit DATA=folder [DEFENSE=name] [BUDGET=rows] [RETRAIN=1]
-	@test -e "$$DATA" || { echo "make audit: DATA=$$DATA is not there; give a folder, or an .npz file: make audit DATA=folder"; exit 1; }
-	@bad=$$(find -L "$$DATA" \( -type l -o -type p -o -type s -o ! -perm -400 \) | head -n 1); test -z "$$bad" \
-	  || { echo "make audit: DVC stops at $$bad, a link to nothing, a pipe, or not readable; move it out of the folder"; exit 1; }
-	$(if $(RETRAIN),,rm -f artifacts/audit/seed*/$(or $(DEFENSE),whitened_mixture)/accuracy.json)
-	case "$$DATA" in *.npz) source=npz;; *) source=folder;; esac; \
-	  dvc exp run -S settings.own.data.path="'$$(realpath -- "$$DATA" | sed "s/'/\\\\'/g")'" -S settings.own.data.source=$$source \
-	  -S audit.budget=$(or $(BUDGET),auto) -S defense=$(or $(DEFENSE),whitened_mixture) analysis/dvc.yaml:$(if $(RETRAIN),audit_retrain,audit)
+audit: install ## Audit your own images: make audit DATA=folder [DEFENSE=name] [BUDGET=rows] [OPTIONS=key=value] [RETRAIN=1]
+	@python -m analysis.audit_images $(if $(RETRAIN),--retrain) --defense "$${DEFENSE:-whitened_mixture}" \
+	  --budget "$${BUDGET:-auto}" --options "$$OPTIONS" -- "$$DATA"
 
 report: install ## Draw results/ as one page: artifacts/report/index.html
 	dvc repro analysis/dvc.yaml:report

@@ -8,7 +8,9 @@ suspects.csv (every row, most suspicious first), kept.txt, kept.h5 (row numbers,
 """
 
 import argparse
+import inspect
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +32,8 @@ SHOWN_CLASSES, SHOWN_SUSPECTS, SHOWN_TYPICAL, AVERAGED = 6, 48, 24, 200
 # Upper over lower quartile of the class sizes, beyond which they mislead a defense that relies on them. Quartiles, since a
 # single large class is what poison makes.
 UNEQUAL = 1.5
-WITHOUT_SIZES = (
-    "without their sizes (--defense whitened_mixture --option use_class_sizes=false; with DVC: "
-    "-S ++defenses.whitened_mixture.use_class_sizes=false)"
-)
+SIZES = "use_class_sizes"  # the option with which a defense that relies on class sizes does without
+WITHOUT_SIZES = f"without its size (--option {SIZES}=false; of images: make audit DATA=… OPTIONS={SIZES}=false)"
 
 
 @dataclass
@@ -47,12 +47,27 @@ class Verdict:
     n_suspected: int | None
     suspected_classes: list[int]
     relies_on: tuple[str, ...]
+    options: dict
+
+
+def unequal(labels: np.ndarray) -> bool:
+    """Whether the sizes of classes differ so much that a surplus tells nothing."""
+    sizes = np.bincount(labels)
+    low, high = np.percentile(sizes[sizes > 0], [25, 75])
+    return high > UNEQUAL * low
 
 
 def judge(dump: Dump, args) -> Verdict:
-    """Score the rows and remove as many as the defense suspects, or as the budget says."""
+    """Score the rows and remove as many as the defense suspects, or as the budget says.
+
+    A defense that can do without class sizes is told to where they are unequal, unless an option says otherwise.
+    """
+    options = score_stage.given_options(args)
     try:
-        defense = defenses.load(args.defense, **score_stage.given_options(args))
+        defense = defenses.load(args.defense, **options)
+        if SIZES in inspect.signature(type(defense)).parameters and SIZES not in options and unequal(dump.labels):
+            options[SIZES] = False
+            defense = defenses.load(args.defense, **options)
         fraction = dump.poison_fraction if args.poison_fraction is None else args.poison_fraction
         scores = defenses.score(
             defense,
@@ -77,7 +92,7 @@ def judge(dump: Dump, args) -> Verdict:
     if not 0 <= budget < len(scores):
         raise UserError(f"the budget is to remove {budget} of {len(scores)} rows; expected 0 to {len(scores) - 1}")
     removed = filter_stage.removed(scores, budget)
-    return Verdict(scores, removed, number is not None, number, classes, defenses.relies_on(defense) or ())
+    return Verdict(scores, removed, number is not None, number, classes, defenses.relies_on(defense) or (), options)
 
 
 def check_differ(dump: Dump) -> None:
@@ -95,12 +110,12 @@ def predictions(logits) -> np.ndarray:
 
 
 def shown_classes(verdict: Verdict, labels: np.ndarray, by_hand: bool) -> list[int]:
-    """Classes to show: those suspected; with a budget by hand also the others that lose rows; at least the class of the
-    first row, so that a page about clean data has something to compare with."""
+    """Classes to show: those suspected; with a budget by hand also the others that lose rows. Where none loses any, those
+    whose first rows rank highest: what the defense does not call poison can still be looked at."""
     classes = [] if by_hand else list(verdict.suspected_classes)
     losses = np.bincount(labels[verdict.removed], minlength=1)
     classes += [int(c) for c in np.argsort(-losses, kind="stable") if losses[c] and int(c) not in classes]
-    return (classes or [int(labels[suspects.order(verdict.scores)[0]])])[:SHOWN_CLASSES]
+    return (classes or list(dict.fromkeys(labels[suspects.order(verdict.scores)].tolist())))[:SHOWN_CLASSES]
 
 
 def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: bool, fit: float) -> list[str]:
@@ -108,11 +123,20 @@ def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: 
     notes = []
     sizes = np.bincount(labels)
     of_label, sizes = sizes, sizes[sizes > 0]
-    low, high = np.percentile(sizes, [25, 75])
-    if "class_sizes" in verdict.relies_on and high > UNEQUAL * low:
+    if unequal(labels) and "class_sizes" in verdict.relies_on:
         notes.append(
             f"The classes have {sizes.min():,} to {sizes.max():,} rows, and this defense takes clean classes for about "
-            f"equally large: look again {WITHOUT_SIZES}."
+            "equally large: the result may be about their sizes alone."
+        )
+    elif unequal(labels) and verdict.options.get(SIZES) is False:
+        notes.append(
+            f"The classes have {sizes.min():,} to {sizes.max():,} rows: a class that is larger than others is no sign of "
+            "poison here, and sizes were not looked at. Less is found without them: look at the pictures."
+        )
+    elif verdict.options.get(SIZES) is False:
+        notes.append(
+            "Class sizes were not looked at. The rows named can be a part of the poison: compare with the list made with "
+            "class sizes; where both name a class, remove what either names."
         )
     elif "class_sizes" in verdict.relies_on and not by_hand:
         for label in verdict.suspected_classes:
@@ -184,6 +208,7 @@ def section(label: int, classes, names, predicted, verdict: Verdict, dump: Dump,
 
 
 def main(args) -> None:
+    args.option = [*shlex.split(args.options), *args.option]
     outputs = [args.out / name for name in OUTPUTS]
     target = args.copy_to or args.link_to
     if args.budget != AUTO and args.budget < 0:
@@ -236,11 +261,12 @@ def main(args) -> None:
             {"n": len(labels), "index": dump.index},
         )
         summary = summary_of(args.defense, verdict, labels, predicted, classes, by_hand)
-        page = audit_page.Page(summary, notes_on(labels, classes, verdict, by_hand, summary["fit"]), skipped)
+        notes = summary["notes"] = notes_on(labels, classes, verdict, by_hand, summary["fit"])
         if args.data is not None and pictures.n_held_out:
-            page.notes.append(
+            notes.append(
                 f"{pictures.n_held_out:,} images were held out as test images: not scored, and not among the kept files."
             )
+        page = audit_page.Page(summary, notes, skipped)
         for label in shown_classes(verdict, labels, by_hand):
             page.sections.append(section(label, classes, names, predicted, verdict, dump, pictures))
         temporary[outputs[3]].write_text(page.html(), encoding="utf-8")
@@ -267,6 +293,7 @@ def summary_of(defense: str, verdict: Verdict, labels, predicted, classes: list[
     hit = [label for label in verdict.suspected_classes if not by_hand] or np.flatnonzero(lost).tolist()
     return {
         "defense": Path(defense).stem,
+        "options": verdict.options,
         "rows": len(labels),
         "classes": len(classes),
         "classes_compared": int((sizes >= audit_page.SMALL_CLASS).sum()),
@@ -294,6 +321,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--images", type=Path, help="folder that the file names are relative to")
     options.add_argument("--defense", default="whitened_mixture", help="name of a file in defenses/, or path of one")
     options.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the defense")
+    options.add_argument("--options", default="", metavar='"KEY=VALUE …"', help="several of them in one word")
     options.add_argument("--params", type=Path, default=Path("params.yaml"), help="file with the options of defenses")
     options.add_argument("--budget", type=budget, default=AUTO, help="auto (as the defense decides), or rows to remove")
     options.add_argument("--poison-fraction", type=float, help="told to the defense, if it is known")

@@ -3,6 +3,7 @@
 Every text that came with the data is escaped, and the page's own content policy forbids scripts and remote addresses.
 """
 
+import json
 from dataclasses import dataclass, field
 from html import escape
 
@@ -79,11 +80,12 @@ class Page:
     def _tiles(self) -> str:
         summary = self.summary
         by = {"hand": "budget given by hand", "defense": "decided by the defense", "nobody": "ranked only"}
+        options = [f"{name}: {json.dumps(value)}" for name, value in summary["options"].items()]
         tiles = [
             (f"{summary['rows']:,}", f"rows in {summary['classes']:,} classes"),
             (f"{summary['removed']:,}", f"rows removed, {summary['removed'] / summary['rows']:.1%}"),
             (f"{summary['fit']:.0%}", "of the rows fitted by the model"),
-            (summary["defense"], by[summary["decided_by"]]),
+            (summary["defense"], ", ".join([by[summary["decided_by"]], *options])),
         ]
         cells = "".join(  # <wbr>: a long name breaks between its words
             f"<div><b>{escape(value).replace('_', '_<wbr>')}</b><span>{escape(what)}</span></div>"

@@ -36,15 +36,21 @@ def main(args) -> None:
             "clean_acc_kept_rows": metrics.of_model(checkpoints.load(args.out), poisoned, where)["clean_acc"],
         }
         temporary[args.accuracy].write_text(json.dumps(found, indent=1) + "\n")
-    print(
-        f"accuracy on {n_test} test images: {found['clean_acc_all_rows']:.4f} trained on all {found['n_train']} rows, "
+    print(comparison(found))
+
+
+def comparison(found: dict) -> str:
+    """The content of `--accuracy` in words."""
+    words = (
+        f"accuracy on {found['n_test']} test images: {found['clean_acc_all_rows']:.4f} trained on all {found['n_train']} rows, "
         f"{found['clean_acc_kept_rows']:.4f} on the {found['n_kept']} kept"
     )
-    if held_out:
-        print(
-            "These test images were held out of the same set and not audited: if it is poisoned, so are they, and a model "
+    if found["n_test_held_out_of_the_audited"]:
+        words += (
+            "\nThese test images were held out of the same set and not audited: if it is poisoned, so are they, and a model "
             "that obeys the trigger is right about those. Clean test images in a folder of their own tell more."
         )
+    return words
 
 
 def parser() -> argparse.ArgumentParser:

@@ -101,9 +101,8 @@ def test_clean_data_are_called_clean(audit, tmp_path):
     assert summary["removed"] == 0 and summary["suspected"] == []
     assert {line["removed"] for line in table(tmp_path / "out/suspects.csv")} == {"no"}
     page = (tmp_path / "out/report.html").read_text()
-    assert (
-        "Nothing looks poisoned" in page and "Ranked highest, and not suspected" in page and "This is no proof" in page
-    )
+    assert "Nothing looks poisoned" in page and "This is no proof" in page
+    assert page.count("Ranked highest, and not suspected") == CLASSES, "a class that was missed can be looked at"
 
 
 def test_a_budget_by_hand(audit, tmp_path):
@@ -150,12 +149,22 @@ def test_a_model_that_learnt_too_little(audit, tmp_path):
     assert "need not have learnt a trigger" in audit(tmp_path / "features.npz", "--budget", 60).out
 
 
-def test_unequal_classes_are_pointed_out(audit, tmp_path):
+def test_sizes_of_unequal_classes_are_not_looked_at_unless_asked_for(audit, tmp_path):
     arrays, _ = dump(poisoned=False)
     rows = np.flatnonzero((arrays["labels"] < 2) | (np.arange(N) % 5 < 2))
     path = save(tmp_path / "features.npz", {name: value[rows] for name, value in arrays.items()})
-    assert "--option use_class_sizes=false" in audit(path).out
-    assert "use_class_sizes" not in audit(path, "--option", "use_class_sizes=false").out
+    assert "sizes were not looked at" in audit(path).out
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["options"] == {"use_class_sizes": False} and "sizes were not looked at" in summary["notes"][0]
+    assert "use_class_sizes: false" in (tmp_path / "out/report.html").read_text().replace("_<wbr>", "_")
+    assert "takes clean classes for about equally large" in audit(path, "--options", "use_class_sizes=true").out
+    assert "sizes were not looked at" not in audit(path, "--defense", "scan").out, "it has no such option"
+
+
+def test_without_class_sizes_the_list_may_be_a_part(audit, tmp_path):
+    path = save(tmp_path / "features.npz", dump()[0])
+    assert "can be a part of the poison" in audit(path, "--option", "use_class_sizes=false").out
+    assert "can be a part of the poison" not in audit(path).out
 
 
 def test_a_suspected_class_that_is_large_is_pointed_out(audit, tmp_path):

@@ -6,14 +6,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
+from filelock import FileLock
 from PIL import Image
 from test_dvc_yaml import closure, plain_deps
 from test_pipeline import Clone
+
+from analysis import audit_images
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
@@ -112,12 +116,29 @@ def test_which_stages_run(clone):
     assert 0 <= found["clean_acc_kept_rows"] <= 1 and 0 <= found["clean_acc_all_rows"] <= 1
 
 
-def test_make_says_what_is_missing():
-    ended = subprocess.run(
-        ["make", "--no-print-directory", "audit", "--assume-old=install", "DATA=/no such folder"],
-        cwd=ROOT, capture_output=True, text=True,
+def make(*words):
+    return subprocess.run(
+        ["make", "--no-print-directory", "-s", "audit", "--assume-old=install", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert ended.returncode != 0 and "DATA=/no such folder is not there" in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "DATA= is not there"),
+        (("DATA=/no such folder",), "DATA=/no such folder is not there"),
+        (("DATA=tests", "BUDGET=10 %"), "BUDGET=10 %; expected auto or a number of rows"),
+        (("DATA=tests", "DEFENSE=nonsense"), "DEFENSE=nonsense"),
+        (("DATA=tests", "DEFENSE=spectre"), "relies on the share of poisoned rows"),
+        (("DATA=tests", "OPTIONS=k=1"), "has no option k"),
+        (("DATA=tests", "OPTIONS=k"), "expected KEY=VALUE"),
+    ],
+)
+def test_make_refuses_before_anything_is_trained(words, message):
+    ended = make(*words)
+    assert ended.returncode != 0 and message in ended.stderr and "make audit: " in ended.stderr
+    assert "Traceback" not in ended.stderr and not ended.stdout
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
@@ -126,31 +147,59 @@ def test_make_names_what_dvc_would_stop_at(tmp_path, kind):
         (tmp_path / "odd").symlink_to(tmp_path / "gone")
     else:
         os.mkfifo(tmp_path / "odd")
-    ended = subprocess.run(
-        ["make", "-s", "audit", "--assume-old=install", f"DATA={tmp_path}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert ended.returncode != 0 and f"DVC stops at {tmp_path}/odd" in ended.stdout + ended.stderr
+    ended = make(f"DATA={tmp_path}")
+    assert ended.returncode != 0 and f"DVC stops at {tmp_path}/odd" in ended.stderr
 
 
-@pytest.mark.parametrize("name", ["my images, [1]", "l'été: a=b {c} (d) #e", "日本 50 % 'x' \"y\""])
-def test_make_quotes_the_path(tmp_path, name):
-    """What arrives is read as `dvc exp run -S` reads it."""
-    folder = tmp_path / name
-    folder.mkdir()
-    (tmp_path / "dvc").write_text(f'#!{sys.executable}\nimport sys\nprint("\\n".join(sys.argv[1:]))\n')
-    (tmp_path / "dvc").chmod(0o755)
-    ended = subprocess.run(
-        ["make", "-s", "audit", "--assume-old=install", f"DATA={folder}", "BUDGET=7", f"BIN={tmp_path}",
-         f"PATH={tmp_path}:/usr/bin:/bin"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    words = ended.stdout.splitlines()
-    assert words[:3] == ["exp", "run", "-S"] and words[4:] == [
-        "-S", "settings.own.data.source=folder", "-S", "audit.budget=7", "-S", "defense=whitened_mixture",
-        "analysis/dvc.yaml:audit",
-    ], ended.stderr  # fmt: skip
-    (tmp_path / "params.yaml").write_text("settings: {own: {data: {path: x}}}")
-    apply_overrides(tmp_path / "params.yaml", [words[3]])
-    found = yaml.safe_load((tmp_path / "params.yaml").read_text())
-    assert found["settings"]["own"]["data"]["path"] == str(folder)
+def test_one_audit_at_a_time(clone):
+    before = (clone.folder / "params.yaml").read_bytes()
+    (clone.folder / ".dvc/tmp").mkdir(parents=True, exist_ok=True)
+    with FileLock(clone.folder / audit_images.LOCK):
+        ended = subprocess.run(
+            [sys.executable, "-m", "analysis.audit_images", clone.images],
+            cwd=clone.folder, capture_output=True, text=True,
+        )  # fmt: skip
+    assert ended.returncode == 1 and "another audit is at work in this checkout" in ended.stderr
+    assert (clone.folder / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["my images, [1]", "l'été: a=b {c} (d) #e", "日本 50 % 'x' \"y\"", "UP.NPZ"])
+def test_paths_and_options_arrive_as_they_are(tmp_path, name):
+    """What is handed over is read as `dvc exp run -S` reads it."""
+    args = SimpleNamespace(
+        data=str(tmp_path / name),
+        budget="7",
+        option=["use_class_sizes=false", "threshold=8.5"],
+        defense="whitened_mixture",
+    )
+    words = audit_images.overrides(args)
+    assert words[::2] == ["-S"] * 5
+    content = {"settings": {"own": {"data": {"path": "x"}}}, "audit": {}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    apply_overrides(tmp_path / "params.yaml", [f"++{word}" for word in words[1::2]])
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text()) == {
+        "settings": {"own": {"data": {"path": args.data, "source": "npz" if name == "UP.NPZ" else "folder"}}},
+        "audit": {"budget": 7, "options": "use_class_sizes=false threshold=8.5"},
+        "defense": "whitened_mixture",
+    }
+
+
+def test_the_audit_by_make_says_the_verdict_again_and_takes_old_accuracies_away(clone):
+    def audited(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "analysis.audit_images", clone.images, *words],
+            cwd=clone.folder, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = clone.folder / "artifacts/audit/seed1/whitened_mixture"
+    assert "accuracy on 6 test images" in audited("--budget", "3", "--retrain")
+    said = audited("--budget", "3")
+    assert "didn't change, skipping" in said and "3 most suspicious rows, as many as asked for" in said
+    assert (out / "accuracy.json").exists(), "the same rows are kept"
+    said = audited("--budget", "4", "--options", "use_class_sizes=false")
+    assert json.loads((out / "summary.json").read_text())["options"] == {"use_class_sizes": False}
+    assert not (out / "accuracy.json").exists() and not (out / "retrained.pt").exists(), "of three rows, not four"
+    audited("--budget", "4")
+    assert json.loads((out / "summary.json").read_text())["options"] == {}, "an option does not stay"

@@ -199,9 +199,11 @@ class Filter:
 
 @dataclass(frozen=True)
 class Audit:
-    """`budget`: ``auto`` (as many rows as the defense suspects) or a number of rows."""
+    """`budget`: ``auto`` (as many rows as the defense suspects) or a number of rows. `options`: of the defense, for audits
+    alone, ``KEY=VALUE KEY=VALUE``."""
 
     budget: str | int = field(default="auto", metadata={"expected": "auto or a number of rows"})
+    options: str = ""
 
 
 MOST_VALUES = 100_000  # in a file, its aliases written out
@@ -287,6 +289,10 @@ def read(path: Path) -> dict:
     audit = _build(Audit, values.get("audit", {}), f"{path}: audit")
     if audit.budget != "auto" and not (isinstance(audit.budget, int) and audit.budget >= 0):
         raise UserError(f"{path}: audit.budget is {audit.budget!r}; expected auto or a number of rows")
+    if not re.fullmatch(r"(\w+=[\w.+-]+( +|$))*", audit.options):  # it goes through a shell
+        raise UserError(
+            f"{path}: audit.options is {audit.options!r}; expected KEY=VALUE KEY=VALUE, of letters and digits"
+        )
     return values
 
 
