@@ -33,7 +33,7 @@ baselines: install ## Make each cell of results/ a git tag for `dvc metrics diff
 	python -m analysis.baselines
 
 table: install ## The experiments side by side: `dvc exp show` without columns of noise
-	dvc exp show --no-pager --drop '.*(/|settings|filter|gap_|undefended|oracle|average|removed)|results|cell|Created'
+	dvc exp show --no-pager --drop '.*(/|settings|filter|gap_|undefended|oracle|average|removed|audit|target_)|results|setting|defense$$|seed|Created|State|Executor'
 
 test: install ## Run the tests, some minutes
 	python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder

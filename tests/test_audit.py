@@ -402,6 +402,7 @@ def test_typical_rows():
 def test_the_page_of_a_class_with_equal_scores_or_one_row():
     summary = {
         "defense": "d",
+        "options": {},
         "rows": 1,
         "classes": 1,
         "classes_compared": 1,

@@ -129,7 +129,7 @@ def make(*words):
         ((), "DATA= is not there"),
         (("DATA=/no such folder",), "DATA=/no such folder is not there"),
         (("DATA=tests", "BUDGET=10 %"), "BUDGET=10 %; expected auto or a number of rows"),
-        (("DATA=tests", "DEFENSE=nonsense"), "DEFENSE=nonsense"),
+        (("DATA=tests", "DEFENSE=nonsense"), "defense 'nonsense' has no line in params.yaml"),
         (("DATA=tests", "DEFENSE=spectre"), "relies on the share of poisoned rows"),
         (("DATA=tests", "OPTIONS=k=1"), "has no option k"),
         (("DATA=tests", "OPTIONS=k"), "expected KEY=VALUE"),
