@@ -110,7 +110,7 @@ def clean_run(results: Results, setting: str) -> Table:
 
 
 def differences(results: Results, setting: str) -> Table | None:
-    """The best defense minus each other one, over the seeds that both have."""
+    """The best defense minus each other one, over the seeds in which both have the same victim."""
     names = ranked(results, setting)
     if len(names) < 2:
         return None
@@ -118,7 +118,7 @@ def differences(results: Results, setting: str) -> Table | None:
     keys = (keys if results.is_poisoned(setting) else {}) | {"clean_acc": "clean accuracy"}
     rows = []
     for other in names[1:]:
-        found = [paired(*(results.figures(setting, name, key) for name in (best, other))) for key in keys]
+        found = [paired(*results.pair(setting, best, other, key)) for key in keys]
         about = Value(words(any_cell(results, setting, other)))
         values = [Value(other, code=True), about, Value(str(found[0].n)), *(figure(one, sign=True) for one in found)]
         rows.append(Row(values, "defense"))
@@ -134,14 +134,15 @@ def score_matrix(results: Results, setting: str) -> Table | None:
     names = ranked(results, setting)
     if len(names) < 3 or not results.is_poisoned(setting):
         return None
-    figures = {name: results.figures(setting, name, "defense_score") for name in names}
     rows = [
         Row(
             [
                 Value(one, code=True),
                 Value(words(any_cell(results, setting, one))),
                 *(
-                    Value("") if one == other else figure(paired(figures[one], figures[other]), sign=True)
+                    Value("")
+                    if one == other
+                    else figure(paired(*results.pair(setting, one, other, "defense_score")), sign=True)
                     for other in names
                 ),
             ],
@@ -149,7 +150,7 @@ def score_matrix(results: Results, setting: str) -> Table | None:
         )
         for one in names
     ]
-    note = "Defense score of the row minus that of the column, over the seeds that both have."
+    note = "Defense score of the row minus that of the column, over the seeds in which both have the same victim."
     return Table(
         "Every two defenses", ["defense score of", "relies on", *(f"minus {name}" for name in names)], rows, note, 2
     )

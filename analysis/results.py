@@ -17,6 +17,13 @@ from typing import Any
 from analysis.published import DEFENSE_SCORE
 from analysis.schema import CELL, CLIFF, CLIFF_VERSION, SCHEMA_VERSION, mistake, short, uneven
 
+REFERENCES = (
+    "undefended_clean_acc",
+    "undefended_asr",
+    "oracle_clean_acc",
+    "oracle_asr",
+)  # of a seed's victim and oracle
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -54,6 +61,18 @@ class Results:
         """One metric by seed, of those seeds that have it."""
         found = {seed: cell["metrics"].get(key) for seed, cell in self.of(setting, defense).items()}
         return {seed: value for seed, value in found.items() if value is not None}
+
+    def pair(self, setting: str, one: str, other: str, key: str) -> tuple[dict[int, float], dict[int, float]]:
+        """One metric of two defenses by seed, of those seeds in which both have the same victim and oracle."""
+        first, second = self.of(setting, one), self.of(setting, other)
+        same = [
+            seed
+            for seed in first.keys() & second.keys()
+            if all(first[seed]["metrics"].get(name) == second[seed]["metrics"].get(name) for name in REFERENCES)
+        ]
+        found = (self.figures(setting, name, key) for name in (one, other))
+        first, second = ({seed: value for seed, value in figures.items() if seed in same} for figures in found)
+        return first, second
 
     def is_poisoned(self, setting: str) -> bool:
         return any(cell["filter"]["n_poison"] for (s, _, _), cell in self.cells.items() if s == setting)
@@ -184,11 +203,14 @@ def _missing(results: Results) -> None:
 
 def _disagreeing_references(results: Results) -> None:
     for setting in results.settings():
-        for key in ("undefended_clean_acc", "undefended_asr", "oracle_clean_acc", "oracle_asr"):
+        for key in REFERENCES:
             agreed = results.references(setting, key)
             known = {seed for d in results.defenses(setting) for seed in results.figures(setting, d, key)}
             for seed in sorted(known - agreed.keys()):
-                what = f"its cells disagree on {key}: not of the same trainings; left out of the reference rows"
+                what = (
+                    f"its cells disagree on {key}: not of the same trainings; left out of the reference rows and not compared "
+                    "with one another; run all of them here (`python -m analysis.seeds … --again`), or into a folder of their own"
+                )
                 results.problems.append(Problem(f"{setting}/seed{seed}", what))
 
 

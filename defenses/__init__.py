@@ -71,6 +71,8 @@ import numpy as np
 __all__ = ["DefenseError", "available", "load", "relies_on", "score"]
 
 _FOLDER = Path(__file__).resolve().parent
+_METHODS = {"fit": ("features", "labels", "poison_fraction"), "score_samples": ("features", "logits")}
+_WORDS = ("poison_fraction", "class_sizes", "minority_in_class")
 _BLOCK_VALUES = 2**22  # values checked at a time: 16 MiB of float32
 _LARGEST_SCORE = 1e150  # beyond, differences and squares of scores overflow; as good as infinite
 
@@ -110,7 +112,7 @@ def load(name_or_path, /, **options):
     cls = getattr(_import_file(path), "BackdoorDefense", None)
     if not inspect.isclass(cls):
         raise DefenseError(f"{path} has no class BackdoorDefense; the contract stands at the top of {__file__}")
-    missing = [method for method in ("fit", "score_samples") if not callable(getattr(cls, method, None))]
+    missing = [method for method in _METHODS if not callable(getattr(cls, method, None))]
     if missing:
         raise DefenseError(f"class BackdoorDefense in {path} has no method {' and no method '.join(missing)}")
     relies_on(cls)
@@ -120,11 +122,19 @@ def load(name_or_path, /, **options):
     if unknown:
         raise DefenseError(f"defense {path.stem} has no option {', '.join(unknown)}; {_describe(parameters)}")
     try:
-        return cls(**options)
+        defense = cls(**options)
     except (TypeError, ValueError) as error:
         raise DefenseError(f"defense {path.stem} refuses its options: {error}; {_describe(parameters)}") from error
     except Exception as error:
         raise DefenseError(f"defense {path.stem} failed in __init__: {_cause(error, path)}") from error
+    for method, arguments in _METHODS.items():
+        signature = inspect.signature(getattr(defense, method))
+        try:
+            signature.bind_partial(*arguments)
+        except TypeError as error:
+            expected = ", ".join(arguments)
+            raise DefenseError(f"defense {path.stem} has {method}{signature}; expected {method}({expected})") from error
+    return defense
 
 
 def relies_on(defense):
@@ -137,6 +147,8 @@ def relies_on(defense):
             f"RELIES_ON of defense {_name(defense)} is {words!r}; expected a tuple of words such as "
             "('poison_fraction',) or ()"
         )
+    if unknown := [word for word in words if word not in _WORDS]:
+        raise DefenseError(f"RELIES_ON of defense {_name(defense)} names {unknown[0]!r}; known: {', '.join(_WORDS)}")
     return tuple(words)
 
 

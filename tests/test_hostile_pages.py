@@ -57,7 +57,8 @@ def of_audit(words) -> str:
     def card(name, image):
         return audit_page.Card(name, [f"#1 · 0.5 {words[1]}", f"seen as {words[2]}"], image)
 
-    summary = {"defense": words[0], "options": {words[1]: words[2]}, "rows": 10, "classes": 2, "fit": 0.9, "decided_by": "defense", "removed": 3,
+    summary = {"defense": words[0], "options": {words[1]: words[2]},
+               "rows": 10, "classes": 2, "fit": 0.9, "decided_by": "defense", "removed": 3,
                "suspected_rows": 3, "suspected": [{"class": words[1], "rows": 5, "removed": 3}]}  # fmt: skip
     parts = [
         audit_page.Section(words[1], np.arange(5.0), np.arange(5) > 1, [card(words[2], image), card(words[3], None)],

@@ -108,6 +108,13 @@ def test_a_cliff_of_other_parameters_is_not_drawn(tmp_path):
     assert "other parameters (setting)" in problems(tmp_path)["alpha/cliff/seed1"]
 
 
+def test_only_cells_of_the_same_victim_are_compared(tmp_path):
+    for seed, clean in ((1, 0.92), (2, 0.5)):
+        write(tmp_path, cell(defense="one", seed=seed, recall=0.8))
+        write(tmp_path, cell(defense="two", seed=seed, recall=0.6, undefended=(clean, 1.0)))
+    assert results.read(tmp_path).pair("alpha", "one", "two", "poison_recall") == ({1: 0.8}, {1: 0.6})
+
+
 def test_references_that_disagree_are_left_out(tmp_path):
     write(tmp_path, cell(defense="one", oracle=(0.95, 0.0)))
     write(tmp_path, cell(defense="two", oracle=(0.90, 0.0)))

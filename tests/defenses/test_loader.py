@@ -179,10 +179,32 @@ def test_missing_methods(write):
     assert text.endswith("has no method score_samples")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "labels, poison_fraction, **kwargs",
+            "labels",
+            "has fit(features, labels); expected fit(features, labels, poison_fr",
+        ),
+        ("features, logits", "features", "has score_samples(features); expected score_samples(features, logits)"),
+    ],
+)
+def test_too_few_arguments(write, old, new, words):
+    assert old in PUBLIC_FILE
+    contains(message(defenses.load, write(PUBLIC_FILE.replace(old, new))), "defense mine", words)
+
+
 @pytest.mark.parametrize("value", ["'poison_fraction'", "('poison_fraction')", "(1,)", "True"])
 def test_relies_on_that_is_no_tuple_of_words(write, value):
     path = write(f"{WITHOUT_FRACTION.format(scores=0)}\nBackdoorDefense.RELIES_ON = {value}\n")
     contains(message(defenses.load, path), "RELIES_ON of defense mine is", "expected a tuple of words")
+
+
+def test_relies_on_an_unknown_word(write):
+    """A misspelt word would let a defense that needs the fraction run without it."""
+    path = write(f"{WITHOUT_FRACTION.format(scores=0)}\nBackdoorDefense.RELIES_ON = ('poison_fractoin',)\n")
+    contains(message(defenses.load, path), "'poison_fractoin'; known: poison_fraction, class_sizes, minority_in_class")
 
 
 def test_relies_on(write):
