@@ -266,6 +266,11 @@ def main(args) -> None:
             notes.append(
                 f"{pictures.n_held_out:,} images were held out as test images: not scored, and not among the kept files."
             )
+        if args.data is None and summary["fit"] < audit_page.WELL_FITTED:
+            notes.append(
+                "If your model is right more often than that: are features, logits and labels of the same rows, in the same "
+                "order, and are the features what its last layer is given?"
+            )
         page = audit_page.Page(summary, notes, skipped)
         for label in shown_classes(verdict, labels, by_hand):
             page.sections.append(section(label, classes, names, predicted, verdict, dump, pictures))

@@ -145,6 +145,7 @@ def test_a_model_that_learnt_too_little(audit, tmp_path):
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["removed"] == 0 and summary["decided_by"] == "nobody" and summary["fit"] < 0.7
     assert {line["removed"] for line in table(tmp_path / "out/suspects.csv")} == {"no"}
+    assert "of the same rows, in the same order" in ended.out, "or the logits are of another order"
     assert "train longer" in ended.out and "looks poisoned" not in (tmp_path / "out/report.html").read_text()
     assert "need not have learnt a trigger" in audit(tmp_path / "features.npz", "--budget", 60).out
 

@@ -187,6 +187,14 @@ def test_a_class_may_be_called_train(tmp_path):
     assert sorted(found["train/labels"].tolist()) == [0] * 4 + [1] * 4 + [2] * 4
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "val")])
+def test_splits_by_other_names_are_no_classes(tmp_path, names):
+    root = fill(tmp_path / "own")
+    shutil.move(root / "train", root / names[0])
+    shutil.copytree(root / names[0], root / names[1])
+    assert f"holds {', '.join(sorted(names))}, and no folder `train`: rename" in refusal(root, tmp_path)
+
+
 def test_images_without_classes_are_no_two_classes(tmp_path):
     root = fill(tmp_path / "own", classes=("train", "test"), split="")
     assert "holds no class folders" in refusal(root, tmp_path)

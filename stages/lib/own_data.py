@@ -122,6 +122,11 @@ def _read_folder(source: Path, size: int, spool: Path, skipped: dict[str, str]):
     split = "train" if "train" in beside else ""
     if split and not _folders(source / split) and not set(beside) <= {"train", "test", *VALIDATION}:
         split = ""  # a class of that name, among others
+    usual = {"train", "training", "test", "testing", *VALIDATION}
+    if "train" not in beside and len(beside) > 1 and {name.lower() for name in beside} <= usual:
+        raise UserError(
+            f"{source} holds {', '.join(beside)}, and no folder `train`: rename the one with the training images"
+        )
     listings = {"train": image_folder.scan(source, split)}
     if split and (source / "test").is_dir():
         listings["test"] = image_folder.scan(source, "test")
