@@ -9,8 +9,8 @@ filter       n rows in all, n_poison, `precision` of what was removed, and `reca
 removed      per class of the labels after poisoning: its name, rows, poisoned rows, removed clean and poisoned rows
 ledger       what the defense relies on and may use (null: it does not say), what it was told, and what it suspected
 plots        numbers of the report's pictures, rounded
-conditions   commit, SHA-256 of the defense's file, versions, device, parameters
-resources    seconds and peak memory of each stage
+conditions   commit, versions, device, parameters
+resources    seconds and peak memory of each stage, of `score` also the SHA-256 of the defense's file
 """
 
 import importlib.metadata
@@ -122,7 +122,6 @@ def export(setting: str, defense: str, seed: int, folder: Path, commit: str | No
         },
         "conditions": {
             "commit": commit,
-            "defense_file": about.get("defense_file"),
             "exported": time.strftime("%Y-%m-%d", time.gmtime()),
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
             "runtime": {name: model.conditions["runtime"] for name, model in models.items()},

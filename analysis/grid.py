@@ -73,14 +73,13 @@ class Cell:
         """Whether the result is there, of these parameters and of today's file of the defense (older results: of any)."""
         try:
             found = json.loads(self.result(out).read_text())
-            conditions = found["conditions"]
-            made_by = conditions.get("defense_file")
+            made_by = found.get("resources", {}).get("score", {}).get("defense_file")
             return (
                 found["schema_version"] == SCHEMA_VERSION
-                and conditions["parameters"] == self.parameters(values)
+                and found["conditions"]["parameters"] == self.parameters(values)
                 and (made_by is None or made_by == hashlib.sha256(self.file.read_bytes()).hexdigest())
             )
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
             return False
 
 

@@ -60,14 +60,13 @@ CELL = {
     },
     "conditions": {
         "commit?": str,
-        "defense_file?": str,
         "exported": str,
         "versions": {str: str},
         "runtime": {name: {"device": str, "precision": str, "torch": str} for name in CURVES},
         "collapses": {name: list for name in CURVES},
         "parameters": {"setting": dict, "defense": dict, "filter": {"budget": object, "budget_multiplier": float}},
     },
-    "resources": {str: {"seconds": float, "peak_memory_mb": float, "peak_gpu_memory_mb?": float}},
+    "resources": {str: {"seconds": float, "peak_memory_mb": float, "peak_gpu_memory_mb?": float, "defense_file?": str}},
 }
 ONE_LENGTH = (  # paths within a file whose values have one length
     ("removed/classes", "removed/rows", "removed/poisoned", "removed/clean_removed", "removed/poison_removed"),

@@ -57,12 +57,21 @@ def unwatched(before: set[str]) -> list[str]:
     return sorted(map(str, inside))
 
 
+def digest_of(defense: str) -> str | None:
+    """SHA-256 of the file of a defense, by name or path, as hex; None if it is not there."""
+    file = Path(defense) if defense.endswith(".py") else Path(defenses.__file__).with_name(f"{defense}.py")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
 def main(args) -> None:
     fraction, modules = args.poison_fraction, set(sys.modules)
     if fraction is not None and not 0 < fraction <= 0.5:
         raise UserError(f"--poison-fraction is {fraction}; expected a number in (0, 0.5]")
     try:
-        with stage.Outputs([args.out], [args.features], lambda: given_options(args), args.resources) as temporary:
+        outputs = stage.Outputs([args.out], [args.features], lambda: given_options(args), args.resources)
+        with outputs as temporary:
+            # Not with the scores: an edit that leaves these as they are must not filter and train again.
+            outputs.noted["defense_file"] = digest_of(args.defense)
             defense = defenses.load(args.defense, **given_options(args))
             with storage.open_(args.features, "features") as file:
                 if fraction is None:
@@ -77,14 +86,8 @@ def main(args) -> None:
                     n_classes=file["logits"].shape[1],
                 )
                 index = file.attrs.get("index", "")
-            file = (
-                Path(args.defense)
-                if args.defense.endswith(".py")
-                else Path(defenses.__file__).with_name(f"{args.defense}.py")
-            )
             attributes = {
                 "defense": args.defense,
-                "defense_file": hashlib.sha256(file.read_bytes()).hexdigest(),
                 "relies_on": json.dumps(defenses.relies_on(defense)),
                 "poison_fraction": np.nan if fraction is None else fraction,
                 "index": index,

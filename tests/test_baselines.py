@@ -66,7 +66,7 @@ def test_baselines_touch_nothing_and_are_what_dvc_compares(clone):
         parameters = yaml.safe_load(run(clone, "git", "show", f"{tag}:params.yaml"))
         assert all(parameters[key] == content[key] for key in ("setting", "defense", "seed"))
         assert parameters["filter"] == content["conditions"]["parameters"]["filter"]
-        assert parameters["audit"] == {"budget": "auto"}
+        assert parameters["audit"] == {"budget": "auto", "options": ""}
     assert "0 of them new or moved" in baselines(clone), "a second run changes nothing"
 
     diff = [sys.executable, "-m", "dvc", "metrics", "diff", "--no-path"]

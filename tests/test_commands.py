@@ -1,6 +1,7 @@
 """The stages as commands, from images to figures on a one-epoch setting: bytes, figures, and one line per mistake."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -390,8 +391,10 @@ def test_what_a_defense_suspects_is_stored(chain, tmp_path):
         "    def fit(self, features, labels, poison_fraction, **kwargs): pass\n"
         "    def score_samples(self, features, logits): return features[:, 0]\n"
     )
-    words = ("--defense", tmp_path / "own.py", "--option", "n=11")
+    words = ("--defense", tmp_path / "own.py", "--option", "n=11", "--resources", tmp_path / "resources.json")
     assert chain.run("score", f"{tmp_path}/", words).status == 0
+    digest = hashlib.sha256((tmp_path / "own.py").read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "resources.json").read_text())["defense_file"] == digest
     with storage.open_(tmp_path / "scores.h5", "scores") as file:
         assert file.attrs["n_suspected"] == 11 and file.attrs["suspected_classes"].tolist() == [2, 5]
         assert file.attrs["relies_on"] == "[]"

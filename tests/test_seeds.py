@@ -169,8 +169,12 @@ def test_a_result_counts_only_with_the_file_of_today(tmp_path, monkeypatch):
     cell = Cell("s", "d", 3, None)
     cell.file.parent.mkdir()
     cell.file.write_text("first")
-    conditions = {"parameters": cell.parameters(values), "defense_file": hashlib.sha256(b"first").hexdigest()}
-    cell.write(tmp_path, json.dumps({"schema_version": SCHEMA_VERSION, "conditions": conditions}))
+    found = {
+        "schema_version": SCHEMA_VERSION,
+        "conditions": {"parameters": cell.parameters(values)},
+        "resources": {"score": {"defense_file": hashlib.sha256(b"first").hexdigest()}},
+    }
+    cell.write(tmp_path, json.dumps(found))
     assert cell.is_exported(tmp_path, values)
     cell.file.write_text("second")
     assert not cell.is_exported(tmp_path, values)

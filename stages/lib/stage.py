@@ -40,7 +40,8 @@ class Outputs:
 
     inputs: files whose change while the stage runs forbids publishing. parameters: reads the parameters again, only
     those that the stage uses; the rest of the file may be edited meanwhile. resources: where to note seconds and peak
-    memory (of the whole process, in MB), which are not byte-stable and so get a file of their own.
+    memory (of the whole process, in MB), which are not byte-stable and so get a file of their own; what a stage puts into
+    `noted` goes there too.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Outputs:
         resources: Path | None = None,
     ):
         self.outputs, self.inputs = [Path(path) for path in outputs], [Path(path) for path in inputs]
-        self.parameters, self.resources = parameters, resources
+        self.parameters, self.resources, self.noted = parameters, resources, {}
 
     def __enter__(self) -> dict[Path, Path]:
         files = [*self.outputs, *([self.resources] if self.resources else [])]
@@ -88,7 +89,7 @@ class Outputs:
 
     def _publish(self) -> None:
         if self.resources:
-            self.temporary[self.resources].write_text(json.dumps(_resources(), indent=2) + "\n")
+            self.temporary[self.resources].write_text(json.dumps(_resources() | self.noted, indent=2) + "\n")
         for temporary in self.temporary.values():
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
