@@ -123,17 +123,18 @@ def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: 
     notes = []
     sizes = np.bincount(labels)
     of_label, sizes = sizes, sizes[sizes > 0]
-    if unequal(labels) and "class_sizes" in verdict.relies_on:
+    differ, without = unequal(labels), verdict.options.get(SIZES) is False
+    if differ and "class_sizes" in verdict.relies_on:
         notes.append(
             f"The classes have {sizes.min():,} to {sizes.max():,} rows, and this defense takes clean classes for about "
             "equally large: the result may be about their sizes alone."
         )
-    elif unequal(labels) and verdict.options.get(SIZES) is False:
+    elif differ and without:
         notes.append(
             f"The classes have {sizes.min():,} to {sizes.max():,} rows: a class that is larger than others is no sign of "
             "poison here, and sizes were not looked at. Less is found without them: look at the pictures."
         )
-    elif verdict.options.get(SIZES) is False:
+    elif without:
         notes.append(
             "Class sizes were not looked at. The rows named can be a part of the poison: compare with the list made with "
             "class sizes; where both name a class, remove what either names."

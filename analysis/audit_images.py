@@ -28,36 +28,19 @@ def check(args) -> None:
     """Whatever can be refused before anything is trained."""
     if not args.data or not Path(args.data).exists():
         raise UserError(f"DATA={args.data} is not there; give a folder, or an .npz file: make audit DATA=folder")
-    odd = [
-        "(",
-        "-type",
-        "l",
-        "-o",
-        "-type",
-        "p",
-        "-o",
-        "-type",
-        "s",
-        "-o",
-        "!",
-        "-perm",
-        "-400",
-        ")",
-        "-print",
-        "-quit",
-    ]
+    odd = shlex.split(r"\( -type l -o -type p -o -type s -o ! -perm -400 \) -print -quit")
     if found := subprocess.run(["find", "-L", args.data, *odd], capture_output=True, text=True).stdout.strip():
         raise UserError(f"DVC stops at {found}, a link to nothing, a pipe, or not readable; move it out of the folder")
     if args.budget != "auto" and not (args.budget.isdecimal() and args.budget.isascii()):
         raise UserError(f"BUDGET={args.budget}; expected auto or a number of rows")
     try:
-        words = defenses.relies_on(defenses.load(args.defense, **score_stage.given_options(args)))
+        needs_fraction = defenses.needs_fraction(defenses.load(args.defense, **score_stage.given_options(args)))
     except defenses.DefenseError as error:
         raise UserError(f"DEFENSE={args.defense}: {error}") from error
-    if words is None or "poison_fraction" in words:
+    if needs_fraction:
         raise UserError(
             f"DEFENSE={args.defense} relies on the share of poisoned rows, which nobody knows here (or does not say what it "
-            f"relies on); choose one that does without, such as whitened_mixture"
+            "relies on); choose one that does without, such as whitened_mixture"
         )
 
 
@@ -86,12 +69,12 @@ def main(args) -> None:
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(LOCK, timeout=0):
-            before = [digest(path) for path in (folder / "model.pt", out / "kept.h5")]
+            before = digests(folder / "model.pt", out / "kept.h5")
             target = f"analysis/dvc.yaml:{'audit_retrain' if args.retrain else 'audit'}"
             status = subprocess.run(["dvc", "exp", "run", *overrides(args), target]).returncode
             if status:
                 sys.exit(status)
-            if before != [digest(path) for path in (folder / "model.pt", out / "kept.h5")] and not args.retrain:
+            if not args.retrain and digests(folder / "model.pt", out / "kept.h5") != before:
                 for name in ("accuracy.json", "retrained.pt"):  # of another audit
                     (out / name).unlink(missing_ok=True)
     except Timeout:
@@ -103,8 +86,8 @@ def main(args) -> None:
     print(f"lists and pictures in {out} (report.html)")
 
 
-def digest(path: Path) -> str | None:
-    return storage.digest(path) if path.exists() else None
+def digests(*paths: Path) -> list[str | None]:
+    return [storage.digest(path) if path.exists() else None for path in paths]
 
 
 if __name__ == "__main__":

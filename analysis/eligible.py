@@ -22,8 +22,8 @@ def eligible(path: Path, names: list[str], named: bool, *, told_fraction: bool, 
         options = params.defense_options(path, name)
         try:
             defense = defenses.load(name, **options)
-            words, why = defenses.relies_on(defense), None
-            if not told_fraction and (words is None or "poison_fraction" in words):
+            why = None
+            if not told_fraction and defenses.needs_fraction(defense):
                 why = "needs the poison fraction, and where nothing is poisoned there is none"
             elif must_decide and not decides(defense, told_fraction):
                 why = "no decision of its own on how many rows to remove; give a number of rows as the budget"

@@ -4,7 +4,6 @@ For the two commands that run one: `analysis.seeds` (DVC's queue, one machine) a
 """
 
 import argparse
-import hashlib
 import json
 import subprocess
 from collections import Counter
@@ -16,6 +15,7 @@ from analysis.files import write_whole
 from analysis.schema import SCHEMA_VERSION
 from stages.lib import params
 from stages.lib.errors import UserError
+from stages.score import digest_of
 
 PARAMS = Path("params.yaml")
 
@@ -77,7 +77,7 @@ class Cell:
             return (
                 found["schema_version"] == SCHEMA_VERSION
                 and found["conditions"]["parameters"] == self.parameters(values)
-                and (made_by is None or made_by == hashlib.sha256(self.file.read_bytes()).hexdigest())
+                and made_by in (None, digest_of(str(self.file)))
             )
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
             return False

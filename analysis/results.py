@@ -64,15 +64,13 @@ class Results:
 
     def pair(self, setting: str, one: str, other: str, key: str) -> tuple[dict[int, float], dict[int, float]]:
         """One metric of two defenses by seed, of those seeds in which both have the same victim and oracle."""
-        first, second = self.of(setting, one), self.of(setting, other)
-        same = [
-            seed
-            for seed in first.keys() & second.keys()
-            if all(first[seed]["metrics"].get(name) == second[seed]["metrics"].get(name) for name in REFERENCES)
-        ]
-        found = (self.figures(setting, name, key) for name in (one, other))
-        first, second = ({seed: value for seed, value in figures.items() if seed in same} for figures in found)
-        return first, second
+
+        def trainings(name: str, seed: int) -> list[float | None]:
+            return [self.cells[setting, name, seed]["metrics"].get(key) for key in REFERENCES]
+
+        first, second = (self.figures(setting, name, key) for name in (one, other))
+        same = [seed for seed in first.keys() & second.keys() if trainings(one, seed) == trainings(other, seed)]
+        return {seed: first[seed] for seed in same}, {seed: second[seed] for seed in same}
 
     def is_poisoned(self, setting: str) -> bool:
         return any(cell["filter"]["n_poison"] for (s, _, _), cell in self.cells.items() if s == setting)

@@ -68,7 +68,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DefenseError", "available", "load", "relies_on", "score"]
+__all__ = ["DefenseError", "available", "load", "needs_fraction", "relies_on", "score"]
 
 _FOLDER = Path(__file__).resolve().parent
 _METHODS = {"fit": ("features", "labels", "poison_fraction"), "score_samples": ("features", "logits")}
@@ -152,6 +152,12 @@ def relies_on(defense):
     return tuple(words)
 
 
+def needs_fraction(defense):
+    """Whether a defense has to be told the poison fraction: it says so, or says nothing of what it relies on."""
+    words = relies_on(defense)
+    return words is None or "poison_fraction" in words
+
+
 def score(defense, features, logits, labels, poison_fraction, *, seed=None, n_classes=None):
     """Fit a defense and score each sample; higher = more suspicious.
 
@@ -190,9 +196,9 @@ def score(defense, features, logits, labels, poison_fraction, *, seed=None, n_cl
         if not isinstance(poison_fraction, numbers.Real) or not 0 < poison_fraction <= 0.5:
             raise DefenseError(f"poison_fraction is {poison_fraction!r}; expected a number in (0, 0.5], or None")
         poison_fraction = float(poison_fraction)
-    words = relies_on(defense)
-    if poison_fraction is None and (words is None or "poison_fraction" in words):
-        reason = "does not say what it relies on (no RELIES_ON)" if words is None else "relies on poison_fraction"
+    if poison_fraction is None and needs_fraction(defense):
+        silent = relies_on(defense) is None
+        reason = "does not say what it relies on (no RELIES_ON)" if silent else "relies on poison_fraction"
         raise DefenseError(
             f"defense {_name(defense)} {reason} and the fraction is not known here; give poison_fraction, or choose a "
             "defense whose RELIES_ON is without it"
