@@ -49,11 +49,11 @@ MODES = {  # what a defense is told: the poison fraction, and whether classes ar
 }
 
 
-def _own_directions(white: np.ndarray, share: float) -> np.ndarray:
+def _own_directions(white: np.ndarray, share: float, most: int) -> np.ndarray:
     """Instead of `_class_coordinates` of whitened_mixture: a class along its own principal directions, not compared with
     the other classes, on one scale."""
     _, sizes, directions = np.linalg.svd(white, full_matrices=False)
-    return white @ directions[:32].T / (sizes[0] / np.sqrt(len(white)) + 1e-12) * 3
+    return white @ directions[:most].T / (sizes[0] / np.sqrt(len(white)) + 1e-12) * 3
 
 
 # One ingredient of whitened_mixture off at a time: other values for the names of its module.
@@ -65,10 +65,11 @@ ABLATIONS: dict[str, dict] = {
     "halves not split again": {"_MIN_HALF": 10**12},
     "one component a half": {"_FINER": ()},
     "numbers of components weigh the same": {"_COUNT_ERROR": 1e9},
+    "no distinctness": {"_WEIGHTS": {"distinct": 0.0}},
     "no discriminant": {"_discriminated": lambda values, log_odds, expected: log_odds},
     "best hypothesis alone": {"_NEGLIGIBLE": -1e-9},
     "no oddness": {"_WEIGHTS": {"oddness": 0.0}},
-    "no traces of other classes": {"_FLOORS": [0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1, 1e9, 1e9]},
+    "no traces of other classes": {"_SAMPLING": [0.0] * 8 + [1e18] * 2},  # infinite variance
     "no separation": {"_WEIGHTS": {"separation": 0.0}},
     "no held-out gain": {"_WEIGHTS": {"held_out": 0.0}},
     "no likelihood within the class": {"_WEIGHTS": {"likelihood": 0.0}},

@@ -53,9 +53,13 @@ _ENTRIES = 2**21  # responsibilities at a time, in EM over all rows of a class
 # Weights of the evidence for "this half is poison". Found on the development dumps of analysis/dumps.yaml, and rounded;
 # twice or half of each changes little. Separation and likelihood mostly compare the splits of one class: natural classes
 # can be in two parts that lie far apart, but a trigger's shift is the widest and the likeliest gap of its own class.
-_WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1.5}
+_WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1.5, "distinct": 35.0}
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
 _LARGEST_ODDNESS = 10.0  # nor all of them together: they are related, and an easy class is odd in several at once
+_DISTINCT = 6.5  # Ashman's D that natural halves of a class reach,
+_MORE_DISTINCT = 1.6  # or so many times the median class's
+_DISTINCT_ROWS = 8192  # of a class, evenly spread, tell it
+_FEW = 10.0  # rows: a statistic of as many counts half
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it may be, and what EM ends with
 _FEWER = 0.4  # of the class: a half that holds so many rows fewer than are poisoned may be one of several targets
@@ -69,7 +73,7 @@ _NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the averag
 # Smallest scale of each of the statistics of a half (see `_look`), for victims with few or very similar classes.
 _FLOORS = [0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
 # Their variance over rows; of few rows, the last two are mostly noise: ratios of squares.
-_SAMPLING = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1.0, 5.0])
+_SAMPLING = [0.0] * 8 + [1.0, 5.0]
 
 
 class BackdoorDefense:
@@ -139,7 +143,7 @@ class BackdoorDefense:
         by_class = np.split(np.argsort(self.of_class_, kind="stable"), np.cumsum(self.sizes_)[:-1])
         # In an order of their own, so that nothing depends on the order in which the rows came.
         self.rows_ = [rows[np.lexsort(white[rows, :2].T)] if basis.shape[1] else rows for rows in by_class]
-        self.coordinates_ = [self._directions(c)[:, :_DIRECTIONS].copy() for c in range(len(self.classes_))]
+        self.coordinates_ = [self._directions(c, _DIRECTIONS) for c in range(len(self.classes_))]
         return self
 
     @threadpool_limits.wrap(limits=1, user_api="blas")
@@ -156,10 +160,12 @@ class BackdoorDefense:
         if not splits:
             return scores
         self._look(features, logits, splits)
+        self._tell_apart(splits)
         of_class, best = _ranked(splits, self._evidence(splits))
         nested = self._nested(splits, {c: index for c, (_, index, _) in best.items()})
         if nested:
             self._look(features, logits, nested)  # reads all features once more
+            self._tell_apart(nested)
             splits += nested
             of_class, best = _ranked(splits, self._evidence(splits))
         order = sorted(best, key=lambda c: (-best[c][0], c))
@@ -189,8 +195,8 @@ class BackdoorDefense:
                 scores[rows] = log_p - np.log(-np.expm1(log_p))
         return scores
 
-    def _directions(self, c):
-        return _class_coordinates(self.white_[self.rows_[c]], len(self.rows_[c]) / len(self.labels_))
+    def _directions(self, c, most=_BASIS):
+        return _class_coordinates(self.white_[self.rows_[c]], len(self.rows_[c]) / len(self.labels_), most)
 
     def _nested(self, splits, best):
         """Splits of both halves of the best split of each class; the rows beside that half are a third part.
@@ -282,16 +288,15 @@ class BackdoorDefense:
         Less their means in the half, which say what the half has in common: a poisoned row's true class stands out then.
         """
         gaps = {c: np.zeros(len(both)) for c, both in halves.items()}
-        if logits.shape[1] > 2:
-            for block, present in zip(_slices(len(logits)), self._by_block(halves), strict=True):
-                values = np.asarray(logits[block], np.float64)
-                for c, here, both in present:
-                    others = np.arange(logits.shape[1]) != self.classes_[c]
-                    rest = values[np.ix_(here, others)]
-                    rest -= rest.mean(axis=1, keepdims=True)
-                    for i, (half, mean) in enumerate(zip(both, means[c][:, others], strict=True)):
-                        second, largest = np.partition(rest[half] - mean, -2, axis=1)[:, -2:].T
-                        gaps[c][i] += ((largest - second) ** 2).sum()
+        if logits.shape[1] <= 2:
+            return gaps
+        for block, present in zip(_slices(len(logits)), self._by_block(halves), strict=True):
+            values = np.asarray(logits[block], np.float64)
+            for c, here, both in present:
+                others = np.arange(logits.shape[1]) != self.classes_[c]
+                rest = values[np.ix_(here, others)]
+                rest -= rest.mean(axis=1, keepdims=True)
+                gaps[c] += [_gap(rest[half] - mean) for half, mean in zip(both, means[c][:, others], strict=True)]
         return gaps
 
     def _between_share(self, c, both):
@@ -305,6 +310,14 @@ class BackdoorDefense:
         total, between = (np.log(np.maximum(spread, 0) + 1e-12) for spread in spreads)
         return between - total
 
+    def _tell_apart(self, splits):
+        """Add to each split how distinct each of its halves (2,) is from all other rows of the class, less if few are."""
+        for split in splits:
+            halves = split["halves"] if _is_nested(split) else split["halves"][:1]  # the other one is its complement
+            few = np.array([min(up.sum(), (~up).sum()) for up in halves])
+            distinct = np.array([_distinctness(self.coordinates_[split["class"]], up) for up in halves])
+            split["distinct"] = np.broadcast_to(distinct * few / (few + _FEW), 2)
+
     def _evidence(self, splits):
         """(number of splits, 2): how much speaks for each half being the poison, in units near to nats."""
         most = _most(splits)
@@ -314,10 +327,12 @@ class BackdoorDefense:
         scale = np.maximum(1.4826 * np.median(np.abs(usual - centre), axis=0), _FLOORS)
         evidence = np.empty((len(splits), 2))
         usual_gain = np.median([split["held_out"] for split in _likeliest(splits)])  # natural classes have parts too
+        usual_distinct = np.median([split["distinct"] for split in _likeliest(splits)], axis=None)
+        natural = max(_DISTINCT, _MORE_DISTINCT * usual_distinct)  # what natural parts of a class may reach
         for index, split in enumerate(splits):
             most_apart, most_gained = (most[n, split["class"], _is_nested(split)] for n in ("separation", "held_out"))
             apart = np.log((split["separation"] + 1e-12) / (most_apart + 1e-12))
-            few = split["sizes"] / (split["sizes"] + 10)  # statistics of few rows are noisy
+            few = split["sizes"] / (split["sizes"] + _FEW)  # statistics of few rows are noisy
             # Where a class has three parts, the poisoned one is also unlike the natural ones, and these are like each other.
             z = np.array([split["statistics"] - usual_look for usual_look in (centre, split.get("beside", centre))])
             z2 = z**2 / (scale**2 + _SAMPLING / split["sizes"][:, None]) * few[:, None]
@@ -327,6 +342,7 @@ class BackdoorDefense:
                 + _WEIGHTS["separation"] * apart
                 + _WEIGHTS["likelihood"] * (split["held_out"] - most_gained)
                 + _WEIGHTS["held_out"] * (split["held_out"] - usual_gain)
+                + np.clip(_WEIGHTS["distinct"] * np.log(np.maximum(split["distinct"], 1e-6) / natural), 0, _LARGEST_ODDNESS)
                 + [self._size_evidence(size, len(self.rows_[split["class"]]) - size) for size in split["sizes"]]
             )
         return evidence
@@ -340,7 +356,7 @@ class BackdoorDefense:
     def _expected(self, n, alone):
         """Least and most poisoned rows of a suspected class of n rows, and the deviation of both; None if nothing tells."""
         if alone and self.n_poisoned_ is not None:
-            return self.n_poisoned_, self.n_poisoned_, 1.0
+            return self.n_poisoned_, self.n_poisoned_, 0.0
         surplus, deviation = self._surplus(n)
         if not self.use_class_sizes or surplus <= 0:
             return None
@@ -423,6 +439,12 @@ def _columns(x, logits, labels):
     return np.column_stack([*columns, x, rest]), runner_up
 
 
+def _gap(rest):
+    """Summed squares of how far the largest of each row (b, C - 1) exceeds the second."""
+    second, largest = np.partition(rest, -2, axis=1)[:, -2:].T
+    return ((largest - second) ** 2).sum()
+
+
 def _whitener(scatter, degrees):
     """(D, q): principal directions of the pooled covariance, over their standard deviations."""
     width = len(scatter)
@@ -432,8 +454,8 @@ def _whitener(scatter, degrees):
     return directions[:, kept] / np.sqrt(variances[kept])
 
 
-def _class_coordinates(white, share):
-    """(n, q): a class along its directions, the largest first, in units of the deviation that other classes have there.
+def _class_coordinates(white, share, most):
+    """(n, up to most): a class along its directions, the largest first, in units of the deviation that other classes have there.
 
     white: (n, q), centred and whitened by the pooled covariance P. The eigenvectors of a class's covariance A against P
     are those against P - share * A, the other classes' part; an eigenvalue m becomes m (1 - share) / (1 - share m). So one
@@ -443,7 +465,7 @@ def _class_coordinates(white, share):
     if not white.shape[1]:
         return white
     variances, directions = eigh(white.T @ white / len(white))
-    variances, directions = variances[::-1], directions[:, ::-1]
+    variances, directions = variances[::-1][:most], directions[:, ::-1][:, :most]
     return white @ directions * np.sqrt((1 - share) / np.maximum(1 - share * variances, 1e-2))
 
 
@@ -674,7 +696,8 @@ def _mean_log_odds(log_odds, weights):
 def _nearness(log_odds, expected):
     """Log-weights (r, 1) of log-odds (r, n): how near the rows above 0 come to the expected number, if there is one."""
     number, _, deviation = expected or (0, 0, np.inf)
-    off = ((log_odds > 0).sum(axis=1, keepdims=True) - number) / np.hypot(deviation, _COUNT_ERROR * number)
+    deviation = np.hypot(max(deviation, 1.0), _COUNT_ERROR * number)
+    off = ((log_odds > 0).sum(axis=1, keepdims=True) - number) / deviation
     return -np.log1p(off**2)  # t with one degree of freedom
 
 
@@ -718,15 +741,12 @@ def _discriminated(values, log_odds, expected):
     plane log-odds hardly grow where the halves end.
     """
     n, count = len(log_odds), int((log_odds > 0).sum())
-    size = round(np.clip(count, *expected[:2])) if expected else count
+    size = round(_reconciled(count, expected))
     if not (2 <= size <= n - 2 and 1 / _FAR_OFF < count / size < _FAR_OFF):
         return log_odds
     ranks = np.argsort(np.argsort(-log_odds, kind="stable"), kind="stable")
     up = ranks < size
-    unseen = np.empty((2, n))
-    for fold in range(_FOLDS):
-        left_out = ranks % _FOLDS == fold
-        unseen[:, left_out] = _along_discriminants(values[~left_out], up[~left_out], values[left_out])
+    unseen = _out_of_fold(values, up, ranks)
     fits = []
     for along, seen in zip(unseen, _along_discriminants(values, up, values), strict=True):
         design = _Design(along[:, None] / (along.std() + 1e-12))
@@ -747,14 +767,40 @@ def _raised(log_odds, expected):
     Too many are left alone, since a poisoned row left in costs more than a clean row removed.
     """
     count = int((log_odds > 0).sum())
-    least, _, deviation = expected or (0, 0, 1.0)
-    error = _CUT_ERROR * count
-    missing = max(least - count, 0) * error**2 / (error**2 + deviation**2)  # the mean of both, each by its precision
-    number = count + round(min(missing, error))
+    number = count + round(np.clip(_reconciled(count, expected) - count, 0, _CUT_ERROR * count))
     if number == count:
         return log_odds
     ranked = np.sort(log_odds)[::-1]
     return log_odds - ranked[number - 1 : number + 1].mean()
+
+
+def _reconciled(count, expected):
+    """Poisoned rows by the mixture's count and by `_expected`: the mean of both, each by its precision."""
+    if expected is None or not count:
+        return count
+    least, most, deviation = expected
+    error = _CUT_ERROR * count
+    return count + (np.clip(count, least, most) - count) * error**2 / (error**2 + deviation**2)
+
+
+def _distinctness(values, up):
+    """Ashman's D (Ashman, Bird & Zepf 1994, AJ 108:2348) of two halves of values (n, k): how far apart their means lie along
+    the linear discriminant, in deviations, each row along one that was not fitted to it.
+    """
+    some = np.argsort(values[:, 0], kind="stable")[:: -(-len(values) // _DISTINCT_ROWS)]
+    values, up = values[some], up[some]
+    along = _out_of_fold(values, up, np.arange(len(values)))[0]
+    upper, lower = along[up], along[~up]
+    return (upper.mean() - lower.mean()) / np.sqrt((upper.var() + lower.var()) / 2 + 1e-12)
+
+
+def _out_of_fold(values, up, ranks):
+    """(2, n): `_along_discriminants` of each row, fitted to the rows of other folds; ranks tell the fold."""
+    along = np.empty((2, len(values)))
+    for fold in range(_FOLDS):
+        left_out = ranks % _FOLDS == fold
+        along[:, left_out] = _along_discriminants(values[~left_out], up[~left_out], values[left_out])
+    return along
 
 
 def _along_discriminants(values, up, others):

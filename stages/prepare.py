@@ -26,10 +26,11 @@ def main(args) -> None:
     with stage.Outputs([args.out], [], parameters, args.resources) as temporary:
         dataset = datasets.read(spec.source, runtime.load().data_root, image_size=spec.image_size)
         parts = {}
-        for part, per_class in (("train", spec.train_per_class), ("test", spec.test_per_class)):
+        wanted = (("train", spec.train_per_class, spec.imbalance_factor), ("test", spec.test_per_class, None))
+        for part, per_class, factor in wanted:
             images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
-            if per_class is not None:
-                rows = datasets.subset(images, labels, per_class)
+            if per_class is not None or factor is not None:
+                rows = datasets.subset(images, labels, per_class, factor or 1.0)
                 images, labels = images[rows], labels[rows]
             missing = np.setdiff1d(np.arange(len(dataset.class_names)), labels)
             if len(missing):

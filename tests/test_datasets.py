@@ -222,6 +222,18 @@ def test_subset_takes_the_first_of_each_class_and_keeps_the_order():
         datasets.subset(images, labels, 0)
 
 
+def test_long_tail_falls_exponentially_from_the_first_class_to_the_last():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5000))
+    images = np.zeros((len(labels), 1, 1, 1), np.uint8)
+    sizes = np.bincount(labels[datasets.subset(images, labels, None, 100)])
+    assert sizes.tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]  # as CIFAR-10-LT is usually given
+    assert np.bincount(labels[datasets.subset(images, labels, 1000, 10)])[[0, -1]].tolist() == [1000, 100]
+    whole = datasets.subset(images, labels, 300, 1)
+    np.testing.assert_array_equal(whole, datasets.subset(images, labels, 300))
+    with pytest.raises(UserError, match="5 images per class with an imbalance factor of 10: expected at least 1 of every"):
+        datasets.subset(images, labels, 5, 10)
+
+
 @pytest.mark.parametrize("shape", [(5000, 3, 4, 3), (7, 5, 5, 1)])
 def test_channel_statistics(shape):
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

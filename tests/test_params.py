@@ -119,6 +119,7 @@ def test_a_word_like_no_other_gets_the_list_and_no_guess(write, refuses):
         ("data.pad_to", "32", "a whole number or null in [8, 256]"),
         ("data.train_per_class", 1, "[2, 10000000]"),
         ("data.test_per_class", 0, "[1, 10000000]"),
+        ("data.imbalance_factor", 0.5, "a number or null in [1, 10000]"),
         ("poison.poison_fraction", 0, "a number or null in (0, 0.5]"),
         ("poison.poison_fraction", 0.51, "a number or null in (0, 0.5]"),
         ("poison.poison_fraction", float("nan"), "(0, 0.5]"),

@@ -88,21 +88,27 @@ def order_of(digests: bytes) -> np.ndarray:
     return np.lexsort(words.T[::-1]).astype(np.int64)  # lexsort's last key is its first
 
 
-def subset(images: np.ndarray, labels: np.ndarray, per_class: int) -> np.ndarray:
-    """The first `per_class` rows of each class, as sorted (n,) int64 row numbers, so that the order stays.
+def subset(images: np.ndarray, labels: np.ndarray, per_class: int | None, imbalance_factor: float = 1.0) -> np.ndarray:
+    """The first rows of each class, as sorted (n,) int64 row numbers, so that the order stays.
 
-    Raises UserError if a class that occurs in `labels` has fewer rows.
+    `per_class` of each class, None for as many as the smallest has; with an `imbalance_factor` above 1 so many of the first,
+    and of class k of K, rounded down, per_class * imbalance_factor ** (-k / (K - 1)): the long tail of Cui et al. 2019
+    (arXiv:1901.05555). Raises UserError if a class that occurs in `labels` has fewer rows, or would have none.
     """
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images but {len(labels)} labels")
-    if per_class < 1:
-        raise UserError(f"{per_class} images per class: expected at least 1")
+    classes, sizes = np.unique(labels, return_counts=True)
+    per_class = int(sizes.min()) if per_class is None else per_class
+    shares = imbalance_factor ** (-np.arange(len(classes)) / max(len(classes) - 1, 1))
+    wanted = np.floor(per_class * shares + 1e-9).astype(int)  # a whole number must not fall short by its rounding
+    if wanted[-1] < 1:
+        tail = f" with an imbalance factor of {imbalance_factor:g}" if imbalance_factor > 1 else ""
+        raise UserError(f"{per_class} images per class{tail}: expected at least 1 of every class")
     chosen = []
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        if len(rows) < per_class:
-            raise UserError(f"{per_class} images per class: class {label} has only {len(rows)}; ask for fewer")
-        chosen.append(rows[:per_class])
+    for label, available, number in zip(classes, sizes, wanted, strict=True):
+        if available < number:
+            raise UserError(f"{number} images per class: class {label} has only {available}; ask for fewer")
+        chosen.append(np.flatnonzero(labels == label)[:number])
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 

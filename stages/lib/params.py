@@ -34,7 +34,9 @@ def _one_of(*legal: str, default=MISSING):
 class Data:
     """Which images. `image_size`: pixels a side (digits, folder and npz; the others have a size of their own). `pad_to`:
     zero-padded evenly to so many pixels a side, after the trigger. `train_per_class`, `test_per_class`: so many of each
-    class. Of one's own data (folder, npz): `path`, and `test_fraction` of each class held out if there is no test split.
+    class. `imbalance_factor`: training images of the first class over those of the last, falling exponentially between
+    (long-tailed; the test set stays as it is). Of one's own data (folder, npz): `path`, and `test_fraction` of each class
+    held out if there is no test split.
     """
 
     source: str = _one_of(*SOURCES)
@@ -42,6 +44,7 @@ class Data:
     pad_to: int | None = _number(8, 256, default=None)
     train_per_class: int | None = _number(2, 10**7, default=None)
     test_per_class: int | None = _number(1, 10**7, default=None)
+    imbalance_factor: float | None = _number(1, 10**4, default=None)
     path: str | None = None
     test_fraction: float | None = _number(0, 0.9, default=None, low_open=True)
 
@@ -356,7 +359,7 @@ def _check_own(data: Data, where: str) -> None:
     low, high = OWN_IMAGE_SIZES
     if data.image_size is not None and not low <= data.image_size <= high:
         raise UserError(f"{where}.image_size is {data.image_size}; expected a whole number in [{low}, {high}]")
-    for key in ("pad_to", "train_per_class", "test_per_class"):
+    for key in ("pad_to", "train_per_class", "test_per_class", "imbalance_factor"):
         if getattr(data, key) is not None:
             raise UserError(f"{where}.{key} does not go with the source {data.source}; leave it out")
 
