@@ -58,7 +58,7 @@ _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviati
 _LARGEST_ODDNESS = 10.0  # nor all of them together: they are related, and an easy class is odd in several at once
 _DISTINCT = 6.5  # Ashman's D that natural halves of a class reach,
 _MORE_DISTINCT = 1.6  # or so many times the median class's
-_DISTINCT_ROWS = 8192  # of a class, evenly spread, tell it
+_DISTINCT_ROWS = 4096  # of a class, evenly spread, tell it
 _FEW = 10.0  # rows: a statistic of as many counts half
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it may be, and what EM ends with
@@ -160,12 +160,11 @@ class BackdoorDefense:
         if not splits:
             return scores
         self._look(features, logits, splits)
-        self._tell_apart(splits)
+        self.distinct_ = self._distinctness(splits)
         of_class, best = _ranked(splits, self._evidence(splits))
         nested = self._nested(splits, {c: index for c, (_, index, _) in best.items()})
         if nested:
             self._look(features, logits, nested)  # reads all features once more
-            self._tell_apart(nested)
             splits += nested
             of_class, best = _ranked(splits, self._evidence(splits))
         order = sorted(best, key=lambda c: (-best[c][0], c))
@@ -310,13 +309,14 @@ class BackdoorDefense:
         total, between = (np.log(np.maximum(spread, 0) + 1e-12) for spread in spreads)
         return between - total
 
-    def _tell_apart(self, splits):
-        """Add to each split how distinct each of its halves (2,) is from all other rows of the class, less if few are."""
+    def _distinctness(self, splits):
+        """For each class, how distinct the halves of a split are at most, less where the smaller one has few rows."""
+        most = {}
         for split in splits:
-            halves = split["halves"] if _is_nested(split) else split["halves"][:1]  # the other one is its complement
-            few = np.array([min(up.sum(), (~up).sum()) for up in halves])
-            distinct = np.array([_distinctness(self.coordinates_[split["class"]], up) for up in halves])
-            split["distinct"] = np.broadcast_to(distinct * few / (few + _FEW), 2)
+            c, up = split["class"], split["halves"][0]
+            few = min(up.sum(), (~up).sum())
+            most[c] = max(most.get(c, 1e-6), _ashmans_d(self.coordinates_[c], up) * few / (few + _FEW))
+        return most
 
     def _evidence(self, splits):
         """(number of splits, 2): how much speaks for each half being the poison, in units near to nats."""
@@ -327,8 +327,7 @@ class BackdoorDefense:
         scale = np.maximum(1.4826 * np.median(np.abs(usual - centre), axis=0), _FLOORS)
         evidence = np.empty((len(splits), 2))
         usual_gain = np.median([split["held_out"] for split in _likeliest(splits)])  # natural classes have parts too
-        usual_distinct = np.median([split["distinct"] for split in _likeliest(splits)], axis=None)
-        natural = max(_DISTINCT, _MORE_DISTINCT * usual_distinct)  # what natural parts of a class may reach
+        natural = max(_DISTINCT, _MORE_DISTINCT * np.median(list(self.distinct_.values())))  # parts of a class may reach that
         for index, split in enumerate(splits):
             most_apart, most_gained = (most[n, split["class"], _is_nested(split)] for n in ("separation", "held_out"))
             apart = np.log((split["separation"] + 1e-12) / (most_apart + 1e-12))
@@ -342,7 +341,7 @@ class BackdoorDefense:
                 + _WEIGHTS["separation"] * apart
                 + _WEIGHTS["likelihood"] * (split["held_out"] - most_gained)
                 + _WEIGHTS["held_out"] * (split["held_out"] - usual_gain)
-                + np.clip(_WEIGHTS["distinct"] * np.log(np.maximum(split["distinct"], 1e-6) / natural), 0, _LARGEST_ODDNESS)
+                + np.clip(_WEIGHTS["distinct"] * np.log(self.distinct_[split["class"]] / natural), 0, _LARGEST_ODDNESS)
                 + [self._size_evidence(size, len(self.rows_[split["class"]]) - size) for size in split["sizes"]]
             )
         return evidence
@@ -783,7 +782,7 @@ def _reconciled(count, expected):
     return count + (np.clip(count, least, most) - count) * error**2 / (error**2 + deviation**2)
 
 
-def _distinctness(values, up):
+def _ashmans_d(values, up):
     """Ashman's D (Ashman, Bird & Zepf 1994, AJ 108:2348) of two halves of values (n, k): how far apart their means lie along
     the linear discriminant, in deviations, each row along one that was not fitted to it.
     """

@@ -408,11 +408,11 @@ def test_distinctness_is_ashmans_d_on_rows_not_fitted_to(apart):
     up = rng.random(3000) < 0.3
     values = rng.normal(size=(3000, 32)) + np.outer(up, [3 * apart / 5, 4 * apart / 5] + [0] * 30)
     loaded = module()
-    assert loaded._distinctness(values, up) == pytest.approx(apart, abs=0.2)
+    assert loaded._ashmans_d(values, up) == pytest.approx(apart, abs=0.2)
     few = rng.permutation(3000)[:60]  # fitted to the rows that it judges, it tells halves apart that do not differ
-    assert loaded._distinctness(values[few], up[few]) < apart + 1
+    assert loaded._ashmans_d(values[few], up[few]) < apart + 1
     loaded._DISTINCT_ROWS = 1000
-    assert loaded._distinctness(values, up) == pytest.approx(apart, abs=0.3)
+    assert loaded._ashmans_d(values, up) == pytest.approx(apart, abs=0.3)
 
 
 def merged(pairs):
