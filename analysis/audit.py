@@ -135,10 +135,11 @@ def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: 
             "poison here, and sizes were not looked at. Less is found without them: look at the pictures."
         )
     elif without:
-        notes.append(
-            "Class sizes were not looked at. The rows named can be a part of the poison: compare with the list made with "
-            "class sizes; where both name a class, remove what either names."
+        part = (
+            " The rows named can be a part of the poison: compare with the list made with class sizes; where both name a "
+            "class, remove what either names."
         )
+        notes.append(f"Class sizes were not looked at.{part if verdict.removed.any() else ''}")
     elif "class_sizes" in verdict.relies_on and not by_hand:
         for label in verdict.suspected_classes:
             times = of_label[label] / np.median(sizes)

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 import defenses
 from analysis import audit_page
-from analysis.retrain import comparison
+from analysis.retrain import NO_TEST_IMAGES, comparison
 from stages import score as score_stage
 from stages.lib import params, stage, storage
 from stages.lib.errors import UserError
@@ -44,6 +44,22 @@ def check(args) -> None:
         )
 
 
+def check_rows(args, data: Path) -> None:
+    """What can be refused once the images are read, and before anything is trained."""
+    with storage.open_(data, "dataset") as file:
+        n, n_test = len(file["train/labels"]), len(file["test/labels"])
+    if args.budget != "auto" and int(args.budget) >= n:
+        raise UserError(f"BUDGET={args.budget}, and there are {n} rows to score; expected auto, or 0 to {n - 1}")
+    if args.retrain and not n_test:
+        raise UserError(f"RETRAIN=1, and {NO_TEST_IMAGES}")
+
+
+def run(args, stage_name: str) -> None:
+    words = ["dvc", "exp", "run", *overrides(args), f"analysis/dvc.yaml:{stage_name}"]
+    if status := subprocess.run(words).returncode:
+        sys.exit(status)
+
+
 def overrides(args) -> list[str]:
     """What `dvc exp run -S` is told. To its parser commas, brackets and apostrophes mean something, so texts are quoted."""
     path = str(Path(args.data).resolve())
@@ -70,10 +86,10 @@ def main(args) -> None:
     try:
         with FileLock(LOCK, timeout=0):
             before = digests(folder / "model.pt", out / "kept.h5")
-            target = f"analysis/dvc.yaml:{'audit_retrain' if args.retrain else 'audit'}"
-            status = subprocess.run(["dvc", "exp", "run", *overrides(args), target]).returncode
-            if status:
-                sys.exit(status)
+            if args.retrain or args.budget != "auto":
+                run(args, "audit_prepare")
+                check_rows(args, folder.parent / "data.h5")
+            run(args, "audit_retrain" if args.retrain else "audit")
             if not args.retrain and digests(folder / "model.pt", out / "kept.h5") != before:
                 for name in ("accuracy.json", "retrained.pt"):  # of another audit
                     (out / name).unlink(missing_ok=True)

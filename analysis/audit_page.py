@@ -143,14 +143,15 @@ def _section(section: Section) -> str:
     n, n_removed = len(section.scores), int(section.removed.sum())
     said = f"{n_removed:,} of {n:,} rows removed" if n_removed else f"{n:,} rows, none removed"
     first = "Most suspicious first" if n_removed else "Ranked highest, and not suspected"
+    frame, rest = ("odd", n - n_removed) if n_removed else ("", n - len(section.suspects))
     parts = [
         f'<section class="class"><h2>Class {escape(section.name)} <small>{said}</small></h2>',
         '<div class="facts">',
         _histogram(section.scores, section.removed),
         _averages(section, n_removed > 0),
         "</div>",
-        f'<div class="pair"><div><h3>{first}{_of(section.suspects, n_removed or n)}</h3>{_grid(section.suspects, "odd")}'
-        f"</div><div><h3>Typical of the rest{_of(section.typical, n - n_removed)}</h3>{_grid(section.typical, '')}</div>"
+        f'<div class="pair"><div><h3>{first}{_of(section.suspects, n_removed or n)}</h3>{_grid(section.suspects, frame)}'
+        f"</div><div><h3>Typical of the rest{_of(section.typical, rest)}</h3>{_grid(section.typical, '')}</div>"
         "</div></section>",
     ]
     return "\n".join(parts)

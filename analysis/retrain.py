@@ -10,6 +10,11 @@ from stages.lib import checkpoints, device, metrics, runtime, stage, storage
 from stages.lib.errors import UserError
 from stages.lib.poisoning import open_poisoned
 
+NO_TEST_IMAGES = (
+    "no test images to compare the models on: add a test folder (test_images to an archive), or set "
+    "settings.own.data.test_fraction"
+)
+
 
 def main(args) -> None:
     inputs = [args.data, args.index, args.model, args.kept]
@@ -19,10 +24,7 @@ def main(args) -> None:
         before = checkpoints.load_for(args.model, args.data, args.index, digests)
         n_test = len(poisoned.test().labels)
         if not n_test:
-            raise UserError(
-                "no test images to compare the models on: add a test folder (test_images to an archive), or set "
-                "settings.own.data.test_fraction"
-            )
+            raise UserError(NO_TEST_IMAGES)
         args.rows = str(args.kept)
         train.main(args)
         where = device.decide(runtime.load()).device

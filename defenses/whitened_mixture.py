@@ -788,7 +788,9 @@ def _ashmans_d(values, up):
     """
     some = np.argsort(values[:, 0], kind="stable")[:: -(-len(values) // _DISTINCT_ROWS)]
     values, up = values[some], up[some]
-    along = _out_of_fold(values, up, np.arange(len(values)))[0]
+    if min(up.sum(), (~up).sum()) < 2:  # each fold needs both
+        return 0.0
+    along = _out_of_fold(values, up, np.argsort(np.argsort(up, kind="stable"), kind="stable"))[0]
     upper, lower = along[up], along[~up]
     return (upper.mean() - lower.mean()) / np.sqrt((upper.var() + lower.var()) / 2 + 1e-12)
 

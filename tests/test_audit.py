@@ -164,7 +164,10 @@ def test_sizes_of_unequal_classes_are_not_looked_at_unless_asked_for(audit, tmp_
 
 def test_without_class_sizes_the_list_may_be_a_part(audit, tmp_path):
     path = save(tmp_path / "features.npz", dump()[0])
-    assert "can be a part of the poison" in audit(path, "--option", "use_class_sizes=false").out
+    found = audit(path, "--option", "use_class_sizes=false", "--budget", 20).out
+    assert "Class sizes were not looked at. The rows named can be a part of the poison" in found
+    nothing = audit(path, "--option", "use_class_sizes=false", "--budget", 0).out
+    assert "Class sizes were not looked at.\n" in nothing and "can be a part" not in nothing
     assert "can be a part of the poison" not in audit(path).out
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,23 @@ def test_paths_and_options_arrive_as_they_are(tmp_path, name):
         "audit": {"budget": 7, "options": "use_class_sizes=false threshold=8.5"},
         "defense": "whitened_mixture",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--budget", "5000"), r"BUDGET=5000, and there are \d+ rows to score; expected auto, or 0 to \d+"),
+        (("--retrain",), "RETRAIN=1, and no test images to compare the models on: add a test folder"),
+    ],
+)
+def test_what_the_images_do_not_allow_is_refused_before_anything_is_trained(clone, tmp_path, words, message):
+    images = tmp_path / "images"
+    shutil.copytree(clone.images / "train", images)
+    ended = subprocess.run(
+        [sys.executable, "-m", "analysis.audit_images", images, *words], cwd=clone.folder, capture_output=True, text=True
+    )
+    assert ended.returncode == 1 and re.search(message, ended.stderr), ended.stderr
+    assert "audit_train" not in ended.stdout
 
 
 def test_the_audit_by_make_says_the_verdict_again_and_takes_old_accuracies_away(clone):
