@@ -79,7 +79,7 @@ def judge(dump: Dump, args) -> Verdict:
         )
     except defenses.DefenseError as error:
         raise UserError(f"{dump.path}: {error}") from error
-    number, classes = score_stage.suspicions(args.defense, defense)
+    number, classes = score_stage.suspicions(args.defense, defense, len(scores))
     classes = [] if classes is None else classes.tolist()
     for label in classes:
         if not 0 <= label < dump.logits.shape[1]:

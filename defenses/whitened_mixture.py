@@ -12,7 +12,7 @@ each other and from the halves of other classes more than natural sub-classes do
    Both halves of the best one are split again: where a class has natural parts, few poisoned rows hide in one of them.
 3. Weigh each half of each split as the poison: how far the halves lie apart, how much likelihood two components gain on
    held-out rows, and how unlike the halves of all other classes its spread, place, confidence and traces of other
-   classes are.
+   classes are. A class whose halves are more distinct than natural ones is suspect (Ashman, Bird & Zepf 1994, AJ 108:2348).
    A surplus of the class over the usual size and the known number of poisoned rows count where they are given.
 4. A row's score is its log-odds of being poison, averaged over the splits of its class by their evidence (Bayesian
    model averaging, Hoeting et al. 1999, Statistical Science 14:382), the larger half described by one, two

@@ -33,7 +33,7 @@ def given_options(args) -> dict:
     return options
 
 
-def suspicions(name: str, defense) -> tuple[int | None, np.ndarray | None]:
+def suspicions(name: str, defense, n_rows: int) -> tuple[int | None, np.ndarray | None]:
     """How many rows and which classes, (K,) int64, a defense suspects after scoring; None for what it does not decide."""
     number, classes = (getattr(defense, word, None) for word in ("n_suspected_", "suspected_classes_"))
     try:
@@ -45,6 +45,8 @@ def suspicions(name: str, defense) -> tuple[int | None, np.ndarray | None]:
         raise UserError(
             f"defense {name}: n_suspected_ or suspected_classes_ is negative; expected counts and labels from 0"
         )
+    if (number or 0) > n_rows:
+        raise UserError(f"defense {name}: n_suspected_ is {number}, and there are {n_rows} rows")
     return number, classes
 
 
@@ -93,7 +95,7 @@ def main(args) -> None:
                 "index": index,
                 "features": storage.digest(args.features),
             }
-            number, classes = suspicions(args.defense, defense)
+            number, classes = suspicions(args.defense, defense, len(scores))
             if number is not None:
                 attributes["n_suspected"] = number
             if classes is not None:

@@ -401,6 +401,7 @@ def test_what_a_defense_suspects_is_stored(chain, tmp_path):
     for text, expected in (
         ("n=many", "no whole number"),
         ("n=-1", "is negative"),
+        ("n=201", "n_suspected_ is 201, and there are 200 rows"),
         ("n=[", "not valid YAML"),
         ("n", "expected KEY=VALUE"),
         ("k=1", "no option k"),

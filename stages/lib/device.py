@@ -107,7 +107,7 @@ def why_not_compile(device: torch.device, work: Work | None) -> str | None:
     if device.type == "cuda":
         too_short, lacking = work.steps < COMPILE_STEPS, what_a_gpu_lacks
     elif work.network not in COMPILE_PIXELS:
-        return f"{work.network} gains nothing by it on a CPU"
+        return f"only {' and '.join(COMPILE_PIXELS)} are known to gain by it on a CPU"
     else:
         too_short, lacking = work.steps * work.batch_pixels < COMPILE_PIXELS[work.network], what_a_cpu_lacks
     return f"{work.steps:,} steps gain less than compiling costs" if too_short else lacking()
