@@ -53,12 +53,14 @@ _ENTRIES = 2**21  # responsibilities at a time, in EM over all rows of a class
 # Weights of the evidence for "this half is poison". Found on the development dumps of analysis/dumps.yaml, and rounded;
 # twice or half of each changes little. Separation and likelihood mostly compare the splits of one class: natural classes
 # can be in two parts that lie far apart, but a trigger's shift is the widest and the likeliest gap of its own class.
-_WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1.5, "distinct": 35.0}
+_WEIGHTS = {"oddness": 0.2, "separation": 14.0, "likelihood": 3.0, "held_out": 1.5, "distinct": 70.0}
 _LARGEST_Z2 = 25.0  # a single statistic says no more than five standard deviations' worth
 _LARGEST_ODDNESS = 10.0  # nor all of them together: they are related, and an easy class is odd in several at once
+_LARGEST_DISTINCT = 7.0  # nats: once a gap is wider than natural ones, it does not matter how wide
 _DISTINCT = 6.5  # Ashman's D that natural halves of a class reach,
 _MORE_DISTINCT = 1.6  # or so many times the median class's
 _DISTINCT_ROWS = 4096  # of a class, evenly spread, tell it
+_FEW_DISTINCT = 40.0  # rows: a gap beside so many counts by two thirds
 _FEW = 10.0  # rows: a statistic of as many counts half
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it may be, and what EM ends with
@@ -168,13 +170,12 @@ class BackdoorDefense:
             splits += nested
             of_class, best = _ranked(splits, self._evidence(splits))
         order = sorted(best, key=lambda c: (-best[c][0], c))
-        sizes = {  # rows that the class may explain
-            c: max(
-                splits[index]["sizes"][side] for evidence, index, side in of_class[c] if evidence > best[c][0] - _CLOSE
-            )
-            for c in order
-        }
-        suspected = self._suspects([(c, best[c][0], sizes[c]) for c in order])
+        ranked = []
+        for c in order:
+            evidence, index, side = best[c]
+            close = [splits[i]["sizes"][s] for other, i, s in of_class[c] if other > evidence - _CLOSE]
+            ranked.append((c, evidence, splits[index]["sizes"][side], max(close)))
+        suspected = self._suspects(ranked)
         self.suspected_classes_ = [int(self.classes_[c]) for c in suspected]
         reference = best[order[0]][0] if suspected else self.threshold
         for c in order:
@@ -217,17 +218,16 @@ class BackdoorDefense:
         return nested
 
     def _suspects(self, ranked):
-        """Suspected classes out of (class, evidence, rows that may be poisoned), most suspect first."""
+        """Suspected classes out of (class, evidence, rows that it explains, and may explain at most), most suspect first."""
         if self.n_poisoned_ is None:
-            return [c for c, evidence, _ in ranked if evidence > self.threshold]
-        suspected, explained = [], 0
-        for c, evidence, size in ranked:
-            missing = self.n_poisoned_ - explained
-            unexplained = missing > _MISSING * self.n_poisoned_
-            fits = size <= missing + _MISSING * self.n_poisoned_
-            if not suspected or (unexplained and evidence > self.threshold / (2 if fits else 1)):
+            return [c for c, evidence, *_ in ranked if evidence > self.threshold]
+        few = _MISSING * self.n_poisoned_
+        suspected, missing, missing_at_least = [], self.n_poisoned_, self.n_poisoned_
+        for c, evidence, size, most in ranked:
+            fits = missing_at_least > few and most <= missing_at_least + few
+            if not suspected or (missing > few and evidence > self.threshold / (2 if fits else 1)):
                 suspected.append(c)
-                explained += size
+                missing, missing_at_least = missing - size, missing_at_least - most
         return suspected
 
     def _look(self, features, logits, splits):
@@ -315,7 +315,8 @@ class BackdoorDefense:
         for split in splits:
             c, up = split["class"], split["halves"][0]
             few = min(up.sum(), (~up).sum())
-            most[c] = max(most.get(c, 1e-6), _ashmans_d(self.coordinates_[c], up) * few / (few + _FEW))
+            counted = 1 - np.exp(-few / _FEW_DISTINCT)
+            most[c] = max(most.get(c, 1e-6), _ashmans_d(self.coordinates_[c], up) * counted)
         return most
 
     def _evidence(self, splits):
@@ -327,7 +328,9 @@ class BackdoorDefense:
         scale = np.maximum(1.4826 * np.median(np.abs(usual - centre), axis=0), _FLOORS)
         evidence = np.empty((len(splits), 2))
         usual_gain = np.median([split["held_out"] for split in _likeliest(splits)])  # natural classes have parts too
-        natural = max(_DISTINCT, _MORE_DISTINCT * np.median(list(self.distinct_.values())))  # parts of a class may reach that
+        natural = max(
+            _DISTINCT, _MORE_DISTINCT * np.median(list(self.distinct_.values()))
+        )  # parts of a class may reach that
         for index, split in enumerate(splits):
             most_apart, most_gained = (most[n, split["class"], _is_nested(split)] for n in ("separation", "held_out"))
             apart = np.log((split["separation"] + 1e-12) / (most_apart + 1e-12))
@@ -341,7 +344,7 @@ class BackdoorDefense:
                 + _WEIGHTS["separation"] * apart
                 + _WEIGHTS["likelihood"] * (split["held_out"] - most_gained)
                 + _WEIGHTS["held_out"] * (split["held_out"] - usual_gain)
-                + np.clip(_WEIGHTS["distinct"] * np.log(self.distinct_[split["class"]] / natural), 0, _LARGEST_ODDNESS)
+                + np.clip(_WEIGHTS["distinct"] * np.log(self.distinct_[split["class"]] / natural), 0, _LARGEST_DISTINCT)
                 + [self._size_evidence(size, len(self.rows_[split["class"]]) - size) for size in split["sizes"]]
             )
         return evidence

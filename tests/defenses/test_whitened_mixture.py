@@ -109,6 +109,19 @@ def test_a_class_that_explains_the_known_number_stands_alone():
     assert weaker[np.argsort(-scores, kind="stable")[: weaker.sum()]].mean() >= 0.99
 
 
+@pytest.mark.parametrize(
+    ("second", "suspected"),
+    [((24.0, 36, 36), [1, 0]), ((8.0, 36, 36), [1]), ((24.0, 60, 60), [1, 0])],
+)
+def test_a_first_class_that_may_explain_the_number_leaves_a_strong_second_one(second, suspected):
+    """Its best half has 36 of 72 rows, another that is about as likely 62."""
+    defense = defenses.load(NAME)
+    defense.n_poisoned_ = 72
+    assert defense._suspects([(1, 25.0, 36, 62), (0, *second)]) == suspected
+    assert defense._suspects([(1, 25.0, 36, 36), (0, *second)]) == [1, 0], "it explains but half of it"
+    assert defense._suspects([(1, 25.0, 70, 70), (0, *second)]) == [1], "it explains nearly all"
+
+
 @pytest.mark.parametrize("poison_fraction", ["told", None])
 def test_a_large_class_without_any_split(poison_fraction):
     """One class is so much tighter than the others that the identity describes it, and more rows than the search looks at."""
@@ -326,14 +339,26 @@ def test_rows_that_the_mixture_put_wrong_come_right(n_poisoned, n_clean, expecte
         assert abs((found > 0).sum() - 60) <= 2
 
 
-@pytest.mark.parametrize("expected, size", [((40, 50, 0.0), 50), ((40, 70, 1.0), 60), ((70, 90, 1.0), 70), ((70, 90, 6.0), 65), ((200, 250, 500.0), 60), (None, 60)])
+@pytest.mark.parametrize(
+    "expected, size",
+    [
+        ((40, 50, 0.0), 50),
+        ((40, 70, 1.0), 60),
+        ((70, 90, 1.0), 70),
+        ((70, 90, 6.0), 65),
+        ((200, 250, 500.0), 60),
+        (None, 60),
+    ],
+)
 def test_the_discriminant_is_laid_through_a_number_that_the_class_sizes_allow(monkeypatch, expected, size):
     values, log_odds, _ = half_found(60, 0)
     loaded, sizes = module(), []
     laid = loaded._along_discriminants
     monkeypatch.setattr(loaded, "_along_discriminants", lambda v, up, o: sizes.append(up.sum()) or laid(v, up, o))
     loaded._discriminated(values, log_odds, expected)
-    assert sizes[-1] == size  # of all rows; before, of each fold. The mixture's own number has a deviation of a tenth, 6
+    assert (
+        sizes[-1] == size
+    )  # of all rows; before, of each fold. The mixture's own number has a deviation of a tenth, 6
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])
@@ -421,9 +446,12 @@ def merged(pairs):
     rng = np.random.default_rng(2)
     features = dump.features.copy()
     directions = np.linalg.qr(rng.normal(size=(48, 10)))[0].T
-    features += 12 * np.outer(rng.random(len(features)) < 0.5, np.ones(48)) * directions[dump.labels] * (
-        dump.labels < pairs
-    )[:, None]
+    features += (
+        12
+        * np.outer(rng.random(len(features)) < 0.5, np.ones(48))
+        * directions[dump.labels]
+        * (dump.labels < pairs)[:, None]
+    )
     return dump._replace(features=features)
 
 
