@@ -67,6 +67,7 @@ _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it ma
 _FEWER = 0.4  # of the class: a half that holds so many rows fewer than are poisoned may be one of several targets
 _UNSHARED = 2.0  # what that costs at most
 _MISSING = 0.15  # of the known number of rows: with so few left to explain, no further class is suspected
+_BENT_ERROR = 0.3  # of the rows that the mixture finds: how far off it may be before the discriminant
 _CUT_ERROR = 0.1  # of the rows that are more likely poison than not: how many more there may be
 _FOLDS = 10  # of the rows of a class, for the linear discriminant
 _FAR_OFF = 4.0  # times the expected number: where the mixture finds so many rows, or so few, that number is wrong
@@ -172,9 +173,9 @@ class BackdoorDefense:
         order = sorted(best, key=lambda c: (-best[c][0], c))
         ranked = []
         for c in order:
-            evidence, index, side = best[c]
-            close = [splits[i]["sizes"][s] for other, i, s in of_class[c] if other > evidence - _CLOSE]
-            ranked.append((c, evidence, splits[index]["sizes"][side], max(close)))
+            evidence = best[c][0]
+            close = [splits[i]["sizes"][side] for other, i, side in of_class[c] if other > evidence - _CLOSE]
+            ranked.append((c, evidence, min(close), max(close)))
         suspected = self._suspects(ranked)
         self.suspected_classes_ = [int(self.classes_[c]) for c in suspected]
         reference = best[order[0]][0] if suspected else self.threshold
@@ -218,16 +219,16 @@ class BackdoorDefense:
         return nested
 
     def _suspects(self, ranked):
-        """Suspected classes out of (class, evidence, rows that it explains, and may explain at most), most suspect first."""
+        """Suspected classes out of (class, evidence, rows that it may explain at least and at most), most suspect first."""
         if self.n_poisoned_ is None:
             return [c for c, evidence, *_ in ranked if evidence > self.threshold]
         few = _MISSING * self.n_poisoned_
         suspected, missing, missing_at_least = [], self.n_poisoned_, self.n_poisoned_
-        for c, evidence, size, most in ranked:
+        for c, evidence, least, most in ranked:
             fits = missing_at_least > few and most <= missing_at_least + few
             if not suspected or (missing > few and evidence > self.threshold / (2 if fits else 1)):
                 suspected.append(c)
-                missing, missing_at_least = missing - size, missing_at_least - most
+                missing, missing_at_least = missing - least, missing_at_least - most
         return suspected
 
     def _look(self, features, logits, splits):
@@ -743,7 +744,7 @@ def _discriminated(values, log_odds, expected):
     plane log-odds hardly grow where the halves end.
     """
     n, count = len(log_odds), int((log_odds > 0).sum())
-    size = round(_reconciled(count, expected))
+    size = round(_reconciled(count, expected, _BENT_ERROR))
     if not (2 <= size <= n - 2 and 1 / _FAR_OFF < count / size < _FAR_OFF):
         return log_odds
     ranks = np.argsort(np.argsort(-log_odds, kind="stable"), kind="stable")
@@ -769,19 +770,19 @@ def _raised(log_odds, expected):
     Too many are left alone, since a poisoned row left in costs more than a clean row removed.
     """
     count = int((log_odds > 0).sum())
-    number = count + round(np.clip(_reconciled(count, expected) - count, 0, _CUT_ERROR * count))
+    number = count + round(np.clip(_reconciled(count, expected, _CUT_ERROR) - count, 0, _CUT_ERROR * count))
     if number == count:
         return log_odds
     ranked = np.sort(log_odds)[::-1]
     return log_odds - ranked[number - 1 : number + 1].mean()
 
 
-def _reconciled(count, expected):
-    """Poisoned rows by the mixture's count and by `_expected`: the mean of both, each by its precision."""
+def _reconciled(count, expected, share):
+    """Poisoned rows by a count that may be off by that share, and by `_expected`: the mean of both, each by its precision."""
     if expected is None or not count:
         return count
     least, most, deviation = expected
-    error = _CUT_ERROR * count
+    error = share * count
     return count + (np.clip(count, least, most) - count) * error**2 / (error**2 + deviation**2)
 
 

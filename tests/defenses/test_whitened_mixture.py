@@ -114,7 +114,7 @@ def test_a_class_that_explains_the_known_number_stands_alone():
     [((24.0, 36, 36), [1, 0]), ((8.0, 36, 36), [1]), ((24.0, 60, 60), [1, 0])],
 )
 def test_a_first_class_that_may_explain_the_number_leaves_a_strong_second_one(second, suspected):
-    """Its best half has 36 of 72 rows, another that is about as likely 62."""
+    """Its likeliest halves have 36 and 62 of 72 rows."""
     defense = defenses.load(NAME)
     defense.n_poisoned_ = 72
     assert defense._suspects([(1, 25.0, 36, 62), (0, *second)]) == suspected
@@ -345,7 +345,7 @@ def test_rows_that_the_mixture_put_wrong_come_right(n_poisoned, n_clean, expecte
         ((40, 50, 0.0), 50),
         ((40, 70, 1.0), 60),
         ((70, 90, 1.0), 70),
-        ((70, 90, 6.0), 65),
+        ((70, 90, 18.0), 65),
         ((200, 250, 500.0), 60),
         (None, 60),
     ],
@@ -358,7 +358,7 @@ def test_the_discriminant_is_laid_through_a_number_that_the_class_sizes_allow(mo
     loaded._discriminated(values, log_odds, expected)
     assert (
         sizes[-1] == size
-    )  # of all rows; before, of each fold. The mixture's own number has a deviation of a tenth, 6
+    )  # of all rows; before, of each fold. The mixture's own number has a deviation of 18
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])
