@@ -329,9 +329,8 @@ class BackdoorDefense:
         scale = np.maximum(1.4826 * np.median(np.abs(usual - centre), axis=0), _FLOORS)
         evidence = np.empty((len(splits), 2))
         usual_gain = np.median([split["held_out"] for split in _likeliest(splits)])  # natural classes have parts too
-        natural = max(
-            _DISTINCT, _MORE_DISTINCT * np.median(list(self.distinct_.values()))
-        )  # parts of a class may reach that
+        # What natural parts of a class may reach.
+        natural = max(_DISTINCT, _MORE_DISTINCT * np.median(list(self.distinct_.values())))
         for index, split in enumerate(splits):
             most_apart, most_gained = (most[n, split["class"], _is_nested(split)] for n in ("separation", "held_out"))
             apart = np.log((split["separation"] + 1e-12) / (most_apart + 1e-12))
