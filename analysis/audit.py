@@ -8,7 +8,6 @@ suspects.csv (every row, most suspicious first), kept.txt, kept.h5 (row numbers,
 """
 
 import argparse
-import inspect
 import json
 import shlex
 from dataclasses import dataclass
@@ -39,7 +38,8 @@ WITHOUT_SIZES = f"without its size (--option {SIZES}=false; of images: make audi
 @dataclass
 class Verdict:
     """scores: (N,) float64. removed: (N,) bool. decided: whether the defense's own decision holds; n_suspected, None if it
-    makes none, and suspected_classes, most suspect first, are that decision."""
+    makes none, and suspected_classes, most suspect first, are that decision. without_sizes: whether it can look at class sizes
+    and did not."""
 
     scores: np.ndarray
     removed: np.ndarray
@@ -47,6 +47,7 @@ class Verdict:
     n_suspected: int | None
     suspected_classes: list[int]
     relies_on: tuple[str, ...]
+    without_sizes: bool
     options: dict
 
 
@@ -58,16 +59,10 @@ def unequal(labels: np.ndarray) -> bool:
 
 
 def judge(dump: Dump, args) -> Verdict:
-    """Score the rows and remove as many as the defense suspects, or as the budget says.
-
-    A defense that can do without class sizes is told to where they are unequal, unless an option says otherwise.
-    """
+    """Score the rows and remove as many as the defense suspects, or as the budget says."""
     options = score_stage.given_options(args)
     try:
         defense = defenses.load(args.defense, **options)
-        if SIZES in inspect.signature(type(defense)).parameters and SIZES not in options and unequal(dump.labels):
-            options[SIZES] = False
-            defense = defenses.load(args.defense, **options)
         fraction = dump.poison_fraction if args.poison_fraction is None else args.poison_fraction
         scores = defenses.score(
             defense,
@@ -92,7 +87,9 @@ def judge(dump: Dump, args) -> Verdict:
     if not 0 <= budget < len(scores):
         raise UserError(f"the budget is to remove {budget} of {len(scores)} rows; expected 0 to {len(scores) - 1}")
     removed = filter_stage.removed(scores, budget)
-    return Verdict(scores, removed, number is not None, number, classes, defenses.relies_on(defense) or (), options)
+    relies_on = defenses.relies_on(defense) or ()
+    without_sizes = hasattr(defense, SIZES) and "class_sizes" not in relies_on
+    return Verdict(scores, removed, number is not None, number, classes, relies_on, without_sizes, options)
 
 
 def check_differ(dump: Dump) -> None:
@@ -123,7 +120,7 @@ def notes_on(labels: np.ndarray, classes: list[str], verdict: Verdict, by_hand: 
     notes = []
     sizes = np.bincount(labels)
     of_label, sizes = sizes, sizes[sizes > 0]
-    differ, without = unequal(labels), verdict.options.get(SIZES) is False
+    differ, without = unequal(labels), verdict.without_sizes
     if differ and "class_sizes" in verdict.relies_on:
         notes.append(
             f"The classes have {sizes.min():,} to {sizes.max():,} rows, and this defense takes clean classes for about "

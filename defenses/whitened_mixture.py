@@ -61,6 +61,7 @@ _DISTINCT = 6.5  # Ashman's D that natural halves of a class reach,
 _MORE_DISTINCT = 1.6  # or so many times the median class's
 _DISTINCT_ROWS = 4096  # of a class, evenly spread, tell it
 _FEW_DISTINCT = 40.0  # rows: a gap beside so many counts by two thirds
+_UNEQUAL = 1.5  # upper over lower quartile of the class sizes: beyond, they are unequal by nature. One class is what poison adds
 _FEW = 10.0  # rows: a statistic of as many counts half
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it may be, and what EM ends with
@@ -86,7 +87,7 @@ class BackdoorDefense:
     ----------
     use_class_sizes : bool
         Whether a class that is larger than the others is more suspect. Right where clean classes are about equally
-        large; where they are not, the spread of the sizes takes the weight from it. False: sizes are not looked at.
+        large; sizes are not looked at where they clearly are not (their upper quartile over 1.5 times the lower).
     threshold : float
         Evidence above which a class is suspected where the poison fraction is not known. On the development dumps clean
         classes reached 6.5, and 9.1 without class sizes, where one of them had 12.4.
@@ -97,6 +98,8 @@ class BackdoorDefense:
         Rows of the suspected classes that are more likely poison than not. Set by score_samples, as is the next.
     suspected_classes_ : list of int
         Most suspect first. With a poison fraction there is at least one; without, there may be none.
+    RELIES_ON : tuple of str
+        ("class_sizes",) if it may look at them, after fit if it does; else ().
     """
 
     CHUNKED = True
@@ -122,6 +125,9 @@ class BackdoorDefense:
         self.n_poisoned_ = None if poison_fraction is None else max(1, round(poison_fraction * n_samples))
         self.classes_, self.of_class_ = np.unique(self.labels_, return_inverse=True)
         self.sizes_ = np.bincount(self.of_class_)
+        low, high = np.percentile(self.sizes_, [25, 75])
+        self.sizes_tell_ = self.use_class_sizes and bool(high <= _UNEQUAL * low)
+        self.RELIES_ON = ("class_sizes",) if self.sizes_tell_ else ()
         # Features may be larger than memory: each pass reads them once, a block at a time.
         self.means_ = np.zeros((len(self.classes_), width))
         for block, x in _blocks(features):
@@ -360,14 +366,14 @@ class BackdoorDefense:
         if alone and self.n_poisoned_ is not None:
             return self.n_poisoned_, self.n_poisoned_, 0.0
         surplus, deviation = self._surplus(n)
-        if not self.use_class_sizes or surplus <= 0:
+        if not self.sizes_tell_ or surplus <= 0:
             return None
         return surplus, n - np.median(self.sizes_), deviation  # most if one class alone has lost rows, or none
 
     def _size_evidence(self, size, rest):
         """What the class sizes and the number of poisoned rows say about a half of so many rows being the poison."""
         n, evidence = size + rest, 0.0
-        if self.use_class_sizes:
+        if self.sizes_tell_:
             surplus, scale = self._surplus(n)
             assumed = np.clip(surplus, 0.5 * size, min(1.5 * size, n))  # the split may be off
             without, left = surplus / scale, (surplus - assumed) / scale

@@ -150,16 +150,16 @@ def test_a_model_that_learnt_too_little(audit, tmp_path):
     assert "need not have learnt a trigger" in audit(tmp_path / "features.npz", "--budget", 60).out
 
 
-def test_sizes_of_unequal_classes_are_not_looked_at_unless_asked_for(audit, tmp_path):
+def test_it_is_said_that_sizes_of_unequal_classes_are_not_looked_at(audit, tmp_path):
     arrays, _ = dump(poisoned=False)
     rows = np.flatnonzero((arrays["labels"] < 2) | (np.arange(N) % 5 < 2))
     path = save(tmp_path / "features.npz", {name: value[rows] for name, value in arrays.items()})
     assert "sizes were not looked at" in audit(path).out
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["options"] == {"use_class_sizes": False} and "sizes were not looked at" in summary["notes"][0]
-    assert "use_class_sizes: false" in (tmp_path / "out/report.html").read_text().replace("_<wbr>", "_")
-    assert "takes clean classes for about equally large" in audit(path, "--options", "use_class_sizes=true").out
-    assert "sizes were not looked at" not in audit(path, "--defense", "scan").out, "it has no such option"
+    assert "sizes were not looked at" in summary["notes"][0]
+    assert "sizes were not looked at" in (tmp_path / "out/report.html").read_text()
+    assert "takes clean classes for about equally large" in audit(path, "--defense", "scan").out
+    assert "large" not in audit(path, "--defense", "spectral_signature", "--budget", 5).out, "it knows nothing of sizes"
 
 
 def test_without_class_sizes_the_list_may_be_a_part(audit, tmp_path):

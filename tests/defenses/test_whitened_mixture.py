@@ -356,9 +356,7 @@ def test_the_discriminant_is_laid_through_a_number_that_the_class_sizes_allow(mo
     laid = loaded._along_discriminants
     monkeypatch.setattr(loaded, "_along_discriminants", lambda v, up, o: sizes.append(up.sum()) or laid(v, up, o))
     loaded._discriminated(values, log_odds, expected)
-    assert (
-        sizes[-1] == size
-    )  # of all rows; before, of each fold. The mixture's own number has a deviation of 18
+    assert sizes[-1] == size  # of all rows; before, of each fold. The mixture's own number has a deviation of 18
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])
@@ -549,17 +547,34 @@ def test_hidden_class_sizes_are_not_used():
     assert defenses.relies_on(defenses.load(NAME, use_class_sizes=False)) == ()
 
 
+def test_sizes_of_unequal_classes_are_not_used():
+    """Of ten classes each keeps a tenth less than the one before; where one alone is small, sizes are used."""
+    dump = relabelled(0.33)
+    n_clean = (dump.labels == 9).sum()
+    ranks = np.empty(len(dump.labels), np.int64)
+    for label in range(10):
+        ranks[dump.labels == label] = np.arange((dump.labels == label).sum())
+    long_tail = dump.take(np.flatnonzero((ranks < (1 - 0.1 * dump.labels) * n_clean) | (dump.labels == 0)))
+    scores, defense = score(long_tail, None)
+    assert defenses.relies_on(defense) == ()
+    np.testing.assert_array_equal(scores, score(long_tail, None, use_class_sizes=False)[0])
+    one_is_small = dump.take(np.flatnonzero((ranks < n_clean / 4) | (dump.labels != 9)))
+    scores, defense = score(one_is_small, None)
+    assert defenses.relies_on(defense) == ("class_sizes",)
+    assert not np.array_equal(scores, score(one_is_small, None, use_class_sizes=False)[0])
+
+
 @pytest.mark.parametrize("use_class_sizes, n_poisoned", [(True, None), (False, 300)])
 def test_sizes_alone_name_the_half(use_class_sizes, n_poisoned):
     """300 poisoned rows beside 600 clean ones, nine other classes of 600, and nothing else that tells the halves apart."""
     defense = defenses.load(NAME, use_class_sizes=use_class_sizes)
-    defense.sizes_, defense.n_poisoned_ = np.array([900] + [600] * 9), n_poisoned
+    defense.sizes_, defense.sizes_tell_, defense.n_poisoned_ = np.array([900] + [600] * 9), use_class_sizes, n_poisoned
     assert defense._size_evidence(300, 600) > defense._size_evidence(600, 300) + 3
 
 
 def test_a_half_with_fewer_rows_than_are_poisoned_may_be_one_of_two_targets():
     defense = defenses.load(NAME, use_class_sizes=False)
-    defense.n_poisoned_ = 72
+    defense.sizes_tell_, defense.n_poisoned_ = False, 72
     assert -0.6 < defense._size_evidence(36, 139) < 0 == defense._size_evidence(72, 139)
 
 
