@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 SHARED = ("prepare", "poison", "train_victim", "extract", "retrain_oracle", "evaluate_reference")
 POLL, STATUS = 2.0, 15.0  # seconds between two looks at git's references (cheap) and at the queue (1 s of work)
+PROGRESS = 60.0  # seconds between two looks at the logs of what runs (1 s of work each)
+STEP = re.compile(r"Running stage '|\w+: epoch \d")
 TAIL = 4  # lines of a failed cell's log that are shown
 
 
@@ -39,6 +42,7 @@ class Campaign:
         self.open_groups: set[tuple[str, int]] = set()  # settings and seeds whose victim and oracle are there
         self.preparing: dict[str, str] = {}  # experiment by setting
         self.total = len(todo)
+        self.told, self.told_at = {}, time.monotonic()  # the last line of progress by experiment
 
     def run(self) -> dict[Cell, str]:
         """`done`, `failed` or `skipped` by cell."""
@@ -139,6 +143,7 @@ class Campaign:
                 self.end(cell, "failed", "\n" + self.tail(name))
                 if self.failed_in(name) in SHARED:  # it would fail for the other defenses too, after as long
                     self.skip(lambda other, cell=cell: (other.setting, other.seed) == (cell.setting, cell.seed))
+        self.tell(name for name in self.running if states.get(name) == "Running")
         mine = [states.get(name) for name in (*self.running, *self.preparing.values())]
         if "Queued" in mine and workers < self.queue.jobs:
             self.queue.start()
@@ -147,6 +152,20 @@ class Campaign:
         if alone:  # a worker that was killed says nothing; this marks its tasks as failed
             self.queue.stop({name for name in self.running if states.get(name) == "Running"})
         return alone + 1
+
+    def tell(self, names: Iterable[str]) -> None:
+        """The stage that each runs, or how far its training is, once a minute and where that is new."""
+        if time.monotonic() - self.told_at < PROGRESS:
+            return
+        self.told_at = time.monotonic()
+        for name in names:
+            try:
+                steps = [line for line in self.queue.log(name) if STEP.match(line)]
+            except UserError:  # it was removed from the queue just now
+                continue
+            if steps and steps[-1] != self.told.get(name):
+                self.told[name] = steps[-1]
+                print(f"running {name}: {steps[-1].removesuffix(':')}", flush=True)
 
     def tail(self, name: str) -> str:
         return "\n".join(f"    {line}" for line in self.queue.log(name)[-TAIL:])

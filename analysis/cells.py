@@ -24,6 +24,7 @@ from pathlib import Path
 
 from analysis import grid
 from analysis.tasks import Runner, current_commit, tasks_of, up_to
+from stages.check import runnable
 from stages.lib import params
 from stages.lib.errors import UserError
 
@@ -92,7 +93,7 @@ def main() -> int:
         if not args.export_only:
             tasks = up_to(tasks_of(cells), args.up_to) if args.up_to else tasks_of(cells)
             for setting in () if args.up_to else args.settings:
-                grid.runnable(setting, args.defenses, True, params.filter_(grid.PARAMS).budget)
+                runnable(grid.PARAMS, setting, args.defenses, True, params.filter_(grid.PARAMS).budget)
             with nvidia_mps() if args.mps else contextlib.nullcontext():
                 outcome = Runner(args.jobs, time.monotonic() + args.time_limit).run(tasks)
             bad = {command for command, how in outcome.items() if how not in ("done", "ran")}

@@ -10,9 +10,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.eligible import eligible
 from analysis.files import write_whole
 from analysis.schema import SCHEMA_VERSION
+from stages.check import runnable
 from stages.lib import params
 from stages.lib.errors import UserError
 from stages.score import digest_of
@@ -94,9 +94,8 @@ def choose(settings: list[str], defenses: list[str] | None, seeds: list[int], bu
     rule = params.filter_(PARAMS).budget if budget is None else budget
     found = []
     for setting in dict.fromkeys(settings):
-        names = runnable(
-            setting, list(values["defenses"]) if defenses is None else defenses, defenses is not None, rule
-        )
+        names = list(values["defenses"]) if defenses is None else defenses
+        names = runnable(PARAMS, setting, names, defenses is not None, rule)
         found += [Cell(setting, name, seed, budget) for seed in dict.fromkeys(seeds) for name in names]
     for name in {cell.defense for cell in found}:
         listed = subprocess.run(["git", "ls-files", "--error-unmatch", f"defenses/{name}.py"], capture_output=True)
@@ -109,14 +108,6 @@ def choose(settings: list[str], defenses: list[str] | None, seeds: list[int], bu
     if times > 1:
         raise UserError(f"two cells would be named {name}: run their settings one after the other")
     return found
-
-
-def runnable(setting: str, defenses: list[str], named: bool, rule: str | int) -> list[str]:
-    """Those defenses that can run on this setting with this budget, as `eligible` tells it: before anything is trained."""
-    fraction = params.setting(PARAMS, setting).poison.poison_fraction
-    if rule == "fraction" and fraction is None:
-        raise UserError(f"setting {setting} has no poison fraction; give auto or a number of rows as the budget")
-    return eligible(PARAMS, defenses, named, told_fraction=fraction is not None, must_decide=rule == "auto")
 
 
 def add_options(options: argparse.ArgumentParser) -> None:

@@ -99,7 +99,7 @@ def test_victims_alone(clone):
     assert (clone.folder / "artifacts/tiny/seed2/features.h5").exists()
     assert not (clone.folder / "results/tiny/random_filter/seed2.json").exists()
     status, output = run(clone, *words, "victim")
-    assert status == 1 and "no stage is called 'victim'; use one of evaluate, " in output and output.count("\n") == 1
+    assert status == 1 and "no stage is called 'victim'; use one of check, evaluate, " in output and output.count("\n") == 1
     status, output = run(clone, *words, "extract", "--time-limit", "0")
     assert status == 0 and "start" not in output, "all done"
     status, output = run(clone, *words, "score", "--time-limit", "0")

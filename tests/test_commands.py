@@ -19,7 +19,7 @@ from stages.lib import checkpoints, datasets, device, metrics, sealed, storage
 from stages.lib.poisoning import open_poisoned, read_index
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("prepare", "poison", "train", "extract", "score", "filter", "evaluate_reference", "evaluate")
+STAGES = ("check", "prepare", "poison", "train", "extract", "score", "filter", "evaluate_reference", "evaluate")
 
 # Name -> command. {out} begins the names of the outputs; inputs are those of the first run, which begin with a/.
 CELL = "--params params.yaml --setting {setting}"

@@ -79,8 +79,10 @@ def test_package_markers_hold_nothing_that_changes_a_result():
 
 
 def test_a_defense_file_invalidates_score_alone():
+    """And `check`, which stands first, so that DVC runs it first, and on which nothing depends."""
     users = [name for name, stage in STAGES.items() if "defenses/${defense}.py" in plain_deps(stage)]
-    assert users == ["score"]
+    assert users == ["check", "score"] and next(iter(STAGES)) == "check"
+    assert not any("check" in ancestors(name) for name in STAGES)
 
 
 def test_every_file_and_every_argument_is_declared():
@@ -129,6 +131,7 @@ def test_left_of_score_nothing_depends_on_the_defense():
 
 def test_stages_use_absolute_blocks_of_the_parameters_they_read():
     expected = {
+        "check": ["defenses.${defense}", "filter", "settings.${setting}.poison"],
         "prepare": ["settings.${setting}.data"],
         "poison": ["settings.${setting}.poison"],
         "train_victim": ["settings.${setting}.model", "settings.${setting}.train"],

@@ -88,7 +88,7 @@ def forgotten(done):
 
 
 def test_five_kills_change_nothing(done):
-    """Of the last four stages; `python tests/kill.py` hits all of them."""
+    """Of the first stage and the last four; `python tests/kill.py` hits all of them."""
     seconds = {stage: done.seconds[stage] for stage in (START, *RIGHT)}
     found = kills(done.clone, 5, random.Random(0), seconds, done.forget)
     assert len(found) == 5 and done.figures == figures(done.folder)

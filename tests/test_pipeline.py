@@ -27,7 +27,7 @@ TINY = {
     },
 }
 LEFT = ["prepare", "poison", "train_victim", "extract", "retrain_oracle", "evaluate_reference"]
-RIGHT = ["score", "filter", "retrain", "evaluate"]
+RIGHT = ["check", "score", "filter", "retrain", "evaluate"]
 
 
 class Clone:
@@ -112,7 +112,7 @@ def test_which_stages_run(clone):
     assert clone.metrics() == first
     assert clone.ran("exp", "run", "-S", "defense=spectral_signature") == [], "and to the second again"
 
-    assert clone.ran("exp", "run", "-S", "seed=2") == sorted([*LEFT, *RIGHT][1:]), "another seed: all but prepare"
+    assert clone.ran("exp", "run", "-S", "seed=2") == sorted(LEFT[1:] + RIGHT[1:]), "not prepare, not check"
     assert clone.ran("exp", "run", "-S", "setting=other") == sorted(LEFT + RIGHT), "another setting"
     clone.git("checkout", "-q", ".")
     clone.dvc("checkout", "dvc.yaml")
@@ -127,7 +127,7 @@ def test_which_stages_run(clone):
 
     defense = clone.folder / "defenses/confidence_filter.py"
     defense.write_text(defense.read_text() + "\n# a remark that changes no score\n")
-    assert clone.ran("repro") == ["score"], "an edited defense with the same scores"
+    assert clone.ran("repro") == ["check", "score"], "an edited defense with the same scores"
     defense.write_text(defense.read_text().replace("def score_samples(self, features, logits):", "def score_samples(self, features, logits):\n        return -self._before(features, logits)\n\n    def _before(self, features, logits):"))  # fmt: skip # noqa: E501
     assert clone.ran("repro") == sorted(RIGHT), "an edited defense with other scores"
     clone.git("checkout", "-q", ".")
@@ -161,7 +161,10 @@ def test_mistakes_end_in_one_line(clone):
         (["-S", "setting=nowhere"], "nowhere"),
         (["-S", "settings.tiny.train.lr=-1"], "settings.tiny.train.lr is -1"),
         (["-S", "defense=nothing"], "nothing"),
+        (["-S", "+defenses.confidence_filter.power=2"], "defense confidence_filter has no option power"),
+        (["-S", "filter.budget=auto"], "defense confidence_filter: no decision of its own"),
     ):
         output = clone.dvc("exp", "run", *change, fails=True)
         assert words in output and "Traceback" not in output
+        assert "Running stage 'poison'" not in output, "told before anything is trained"
         clone.git("checkout", "-q", ".")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,6 @@ from test_pipeline import LEFT, RIGHT, Clone
 
 from analysis import campaign, grid
 from analysis.campaign import Campaign
-from analysis.eligible import eligible
 from analysis.grid import Cell
 from analysis.queue import EXPERIMENT, ROW, WORKERS, Queue
 from analysis.schema import SCHEMA_VERSION
@@ -124,21 +122,11 @@ def test_two_cells_of_one_name_are_refused(monkeypatch, refuses):
     names = ["clean-x", "x"]
     values = {"settings": {}, "defenses": {name: {} for name in names}, "filter": {"budget": "fraction"}}
     monkeypatch.setattr(grid.params, "read", lambda path: values)
-    poisoned = SimpleNamespace(poison=SimpleNamespace(poison_fraction=0.1))
-    monkeypatch.setattr(grid.params, "setting", lambda path, name: poisoned)
     monkeypatch.setattr(grid.params, "filter_", lambda path: SimpleNamespace(budget="fraction"))
-    monkeypatch.setattr(grid, "eligible", lambda *words, **others: names)
+    monkeypatch.setattr(grid, "runnable", lambda *words: names)
     monkeypatch.setattr(grid.subprocess, "run", lambda *words, **others: SimpleNamespace(returncode=0))
     with refuses("two cells would be named quick-clean-x-seed1"):
         grid.choose(["quick", "quick-clean"], None, [1], None)
-
-
-def test_which_defenses_can_run_where_nothing_is_poisoned(capsys):
-    path = Path("params.yaml")
-    names = ["whitened_mixture", "random_filter", "whitened_mixture"]
-    assert eligible(path, names, False, told_fraction=False, must_decide=True) == ["whitened_mixture"]
-    assert capsys.readouterr().out.startswith("left out: random_filter: no decision of its own")
-    assert eligible(path, names, True, told_fraction=False, must_decide=False) == names[:2]
 
 
 def test_a_result_counts_only_with_the_parameters_of_today(tmp_path):
@@ -252,6 +240,24 @@ def test_a_failed_defense_hands_its_place_on_and_a_failed_victim_ends_its_seed(m
         "s-a-seed2": "failed", "s-b-seed2": "skipped", "s-c-seed2": "skipped",
     }  # fmt: skip
     assert "failed  s-a-seed1 " in capsys.readouterr().out
+
+
+def test_what_runs_is_told_where_it_is_new(monkeypatch, capsys):
+    logs = {"one": ["Running stage 'prepare':", "> python -m stages.prepare", "> python"], "two": []}
+    queue = FakeQueue()
+    monkeypatch.setattr(queue, "log", logs.__getitem__)
+    found = Campaign(queue, CELLS, lambda *_: "a file")
+
+    def told(seconds=61):
+        found.told_at = time.monotonic() - seconds
+        found.tell(logs)
+        return capsys.readouterr().out
+
+    assert told(59) == "", "less than a minute after the last time"
+    assert told() == "running one: Running stage 'prepare'\n"
+    logs["one"] += ["victim: epoch 3/30  loss 1.234  accuracy 0.567  8 s, 70 s left", "noise"]
+    assert told() == f"running one: {logs['one'][-2]}\n"
+    assert told() == "", "nothing new"
 
 
 def test_a_task_that_was_removed_by_hand_is_not_waited_for(monkeypatch, capsys):
