@@ -69,6 +69,7 @@ ABLATIONS: dict[str, dict] = {
     "no discriminant": {"_discriminated": lambda values, log_odds, expected: log_odds},
     "best hypothesis alone": {"_NEGLIGIBLE": -1e-9},
     "no oddness": {"_WEIGHTS": {"oddness": 0.0}},
+    "alike rows are odd too": {"_LEAST_Z": [-np.inf] * 10},
     "no traces of other classes": {"_SAMPLING": [0.0] * 8 + [1e18] * 2},  # infinite variance
     "no separation": {"_WEIGHTS": {"separation": 0.0}},
     "no held-out gain": {"_WEIGHTS": {"held_out": 0.0}},

@@ -76,6 +76,9 @@ _CLOSE = 2.0  # hypotheses about a class whose evidence differs by less are both
 _NEGLIGIBLE = -15.0  # log-weight of a hypothesis that is left out of the average
 # Smallest scale of each of the statistics of a half (see `_look`), for victims with few or very similar classes.
 _FLOORS = [0.15, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+# How far each may be below the usual: rows of several classes under one label are not more alike (the three spreads) than
+# those of a natural half, and one that is so is the core of its class.
+_LEAST_Z = [-2.0, -2.0, *[-np.inf] * 4, -2.0, *[-np.inf] * 3]
 # Their variance over rows; of few rows, the last two are mostly noise: ratios of squares.
 _SAMPLING = [0.0] * 8 + [1.0, 5.0]
 
@@ -343,6 +346,7 @@ class BackdoorDefense:
             few = split["sizes"] / (split["sizes"] + _FEW)  # statistics of few rows are noisy
             # Where a class has three parts, the poisoned one is also unlike the natural ones, and these are like each other.
             z = np.array([split["statistics"] - usual_look for usual_look in (centre, split.get("beside", centre))])
+            z = np.maximum(z, _LEAST_Z * scale)
             z2 = z**2 / (scale**2 + _SAMPLING / split["sizes"][:, None]) * few[:, None]
             odd = _WEIGHTS["oddness"] * np.minimum(z2, _LARGEST_Z2).sum(axis=2).mean(axis=0)
             evidence[index] = (

@@ -572,6 +572,25 @@ def test_sizes_alone_name_the_half(use_class_sizes, n_poisoned):
     assert defense._size_evidence(300, 600) > defense._size_evidence(600, 300) + 3
 
 
+@pytest.mark.parametrize("spread", [0, 1, 6])
+def test_rows_that_are_more_alike_than_usual_are_not_ever_odder(spread):
+    """The core of a natural class is; rows of several classes under one label are not."""
+    defense, generator = defenses.load(NAME, use_class_sizes=False), np.random.default_rng(0)
+    defense.n_poisoned_, defense.sizes_tell_ = None, False
+    defense.distinct_, defense.rows_ = dict.fromkeys(range(9), 1.0), [np.arange(400)] * 9
+    statistics = generator.normal(size=(9, 2, 10)) * 0.1
+
+    def evidence(value):
+        statistics[8, 0, spread] = value
+        splits = [
+            {"class": c, "statistics": of_class, "sizes": np.array([200, 200]), "separation": 1.0, "held_out": 0.0}
+            for c, of_class in enumerate(statistics)
+        ]
+        return defense._evidence(splits)[8, 0]
+
+    assert evidence(-0.8) == evidence(-0.4) < evidence(0.4) < evidence(0.8)
+
+
 def test_a_half_with_fewer_rows_than_are_poisoned_may_be_one_of_two_targets():
     defense = defenses.load(NAME, use_class_sizes=False)
     defense.sizes_tell_, defense.n_poisoned_ = False, 72
