@@ -93,7 +93,7 @@ class BackdoorDefense:
         large; sizes are not looked at where they clearly are not (their upper quartile over 1.5 times the lower).
     threshold : float
         Evidence above which a class is suspected where the poison fraction is not known. On the development dumps clean
-        classes reached 6.5, and 9.1 without class sizes, where one of them had 12.4.
+        classes reached 6.4, one of them 11.1; and 8.9 without class sizes, one of them (on two dumps) 12.2 and 16.2.
 
     Attributes
     ----------
