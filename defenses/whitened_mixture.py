@@ -62,6 +62,7 @@ _MORE_DISTINCT = 1.6  # or so many times the median class's
 _DISTINCT_ROWS = 4096  # of a class, evenly spread, tell it
 _FEW_DISTINCT = 40.0  # rows: a gap beside so many counts by two thirds
 _UNEQUAL = 1.5  # upper over lower quartile of the class sizes: beyond, they are unequal by nature. One class is what poison adds
+_LARGER = 2.0  # deviations of the class sizes: so much larger, and the surplus is sought among the splits
 _FEW = 10.0  # rows: a statistic of as many counts half
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it may be, and what EM ends with
@@ -166,7 +167,7 @@ class BackdoorDefense:
         splits = []
         for c, values in enumerate(self.coordinates_):
             if len(values) >= _MIN_CLASS and values.shape[1]:
-                splits += [{**split, "class": c} for split in _candidates(values, self.n_poisoned_)]
+                splits += [{**split, "class": c} for split in _candidates(values, self._sought(len(values)))]
         self.n_suspected_, self.suspected_classes_ = 0, []
         scores = np.full(len(features), -100.0)  # rows of classes too small to be split come last
         if not splits:
@@ -358,6 +359,13 @@ class BackdoorDefense:
                 + [self._size_evidence(size, len(self.rows_[split["class"]]) - size) for size in split["sizes"]]
             )
         return evidence
+
+    def _sought(self, n):
+        """Poisoned rows to seek in a class of n rows: the known number, else a surplus that is the smaller part; or None."""
+        if self.n_poisoned_ is not None or not self.sizes_tell_:
+            return self.n_poisoned_
+        surplus, deviation = self._surplus(n)
+        return round(surplus) if _LARGER * deviation < surplus < n / 2 else None
 
     def _surplus(self, n):
         """Rows that a class of n rows has won, and the deviation of that among classes."""

@@ -140,12 +140,12 @@ def test_few_poisoned_rows():
     assert recall(dump, score(dump)[0]) == 1
 
 
-def poison_beside_natural_parts(seed, elsewhere=8):
-    """Twenty poisoned rows in a class of 400, 16 away; its three natural parts lie 8 apart, those of others `elsewhere`."""
-    dump = planted(share=0.05, n=4000, classes=10, d=48, shift=16.0, seed=seed)
+def poison_beside_natural_parts(seed, elsewhere=8, shift=16.0, make=planted):
+    """Twenty poisoned rows in a class of 400, `shift` away; its three natural parts lie 8 apart, those of others `elsewhere`."""
+    dump = make(share=0.05, n=4000, classes=10, d=48, shift=shift, seed=seed)
     rng = np.random.default_rng(seed + 100)
     features, logits = dump.features.copy(), dump.logits.copy()
-    logits[:, 0] -= 9.7 * features[:, -1]  # the trigger hardly shows in the logits
+    logits[:, 0] -= 0.606 * shift * features[:, -1]  # the trigger hardly shows in the logits
     directions = np.linalg.qr(rng.normal(size=(47, 30)))[0].T.reshape(10, 3, 47)
     directions[:, 0] = 0
     part = np.where(dump.poisoned, 0, rng.integers(0, 3, len(features)))
@@ -166,6 +166,26 @@ def test_few_poisoned_rows_beside_natural_parts(seed, use_class_sizes):
 def test_few_poisoned_rows_gain_less_than_the_parts_of_other_classes():
     dump = poison_beside_natural_parts(2, elsewhere=12)
     assert recall(dump, score(dump, use_class_sizes=False)[0]) == 1  # 0 while they had to gain as much
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4])
+def test_a_surplus_is_sought_among_the_splits(seed):
+    dump = poison_beside_natural_parts(seed, shift=12.0, make=relabelled)
+    scores, defense = score(dump, None)
+    assert recall(dump, scores) == 1  # no class was suspected while only a known number was sought
+    assert defense.n_suspected_ == dump.poisoned.sum()
+
+
+def test_which_surplus_is_sought():
+    defense = defenses.load(NAME)
+    defense.n_poisoned_, defense.sizes_tell_, defense.sizes_ = None, True, np.array([660] + [600] * 9)
+    assert defense._sought(660) == 54  # 60 rows, of which one in ten was the class's own
+    assert defense._sought(606) is None, "as far as sizes differ by chance"
+    assert defense._sought(1500) is None, "the larger part of the class"
+    defense.sizes_tell_ = False
+    assert defense._sought(660) is None
+    defense.n_poisoned_ = 70
+    assert defense._sought(660) == 70
 
 
 def poison_of_many_sources(seed):
