@@ -91,7 +91,7 @@ class BackdoorDefense:
     ----------
     use_class_sizes : bool
         Whether a class that is larger than the others is more suspect. Right where clean classes are about equally
-        large; sizes are not looked at where they clearly are not (their upper quartile over 1.5 times the lower).
+        large; where they clearly are not (upper quartile over 1.5 times the lower), and with False, none is looked at.
     threshold : float
         Evidence above which a class is suspected where the poison fraction is not known. On the development dumps clean
         classes reached 6.4, one of them 11.1; and 8.9 without class sizes, one of them (on two dumps) 12.2 and 16.2.

@@ -48,7 +48,7 @@ def _why_not(path: Path, name: str, *, told_fraction: bool, must_decide: bool) -
     try:
         _score_made_up(defense, told_fraction)
     except defenses.DefenseError as error:
-        print(f"{error}: of {ROWS} made-up rows in {CLASSES} classes. It may do better on features", file=sys.stderr)
+        print(f"on {ROWS} made-up rows of {CLASSES} classes: {error}; it may still do on features", file=sys.stderr)
         return None
     if must_decide and getattr(defense, "n_suspected_", None) is None:  # told only after scoring
         return "no decision of its own on how many rows to remove; give a number of rows as the budget"
