@@ -1,7 +1,7 @@
 """check: tell before anything is trained whether the defense can run on the setting with the budget that is asked for.
 
-Its file is imported, its options are tried, and it scores a small made-up dump. What fails there need not fail on features
-that a network made: that is said and no refusal.
+Its file is imported, its options are tried, and it scores a small made-up dump. A name that is not there is refused; what else
+fails there need not fail on features that a network made: that is said.
 """
 
 import json
@@ -15,6 +15,7 @@ from stages.lib import params, stage
 from stages.lib.errors import UserError
 
 ROWS, WIDTH, CLASSES = 300, 8, 3  # of the made-up dump; 100 rows a class are enough for every method so far
+MISTAKES = (AttributeError, NameError, ImportError)  # of the file, whatever the rows
 
 
 def runnable(path: Path, setting: str, names: list[str], named: bool, budget: str | int) -> list[str]:
@@ -48,6 +49,8 @@ def _why_not(path: Path, name: str, *, told_fraction: bool, must_decide: bool) -
     try:
         _score_made_up(defense, told_fraction)
     except defenses.DefenseError as error:
+        if isinstance(error.__cause__, MISTAKES):
+            raise UserError(str(error)) from error
         print(f"on {ROWS} made-up rows of {CLASSES} classes: {error}; it may still do on features", file=sys.stderr)
         return None
     if must_decide and getattr(defense, "n_suspected_", None) is None:  # told only after scoring
@@ -73,7 +76,7 @@ def main(args) -> None:
         runnable(args.params, args.setting, [args.defense], True, budget)
         found = {"setting": args.setting, "defense": args.defense, "budget": budget}
         temporary[args.out].write_text(json.dumps(found, indent=2) + "\n")
-    print(f"{args.defense} can run on {args.setting}, budget {budget}")
+    print(f"{args.defense}: checked for {args.setting}, budget {budget}")
 
 
 if __name__ == "__main__":

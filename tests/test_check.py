@@ -54,7 +54,7 @@ def check(tmp_path, command):
 )
 def test_what_can_run(check, tmp_path, setting, defense, options, budget):
     ended = check(setting, defense, options, budget)
-    assert ended == (0, f"{defense} can run on {setting}, budget {budget}\n", "")
+    assert ended == (0, f"{defense}: checked for {setting}, budget {budget}\n", "")
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "setting": setting,
         "defense": defense,
@@ -106,6 +106,13 @@ def test_what_fails_on_made_up_rows_is_said_and_may_run(own, capsys):
         said = capsys.readouterr().err
         assert "made-up rows of 3 classes: defense mine failed in fit: ValueError: 8 columns" in said
         assert "may still do on features" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", ["self.scael", "skale", "__import__('no_such_module')"])
+def test_a_name_that_is_not_there_is_refused(own, refuses, tmp_path, line):
+    (tmp_path / "mine.py").write_text(DEFENSE.replace("return features[:, 0]", f"return {line}"))
+    with refuses("defense mine failed in score_samples: ", "(mine.py:15)"):
+        own({}, "fraction")
 
 
 def test_who_decides_is_seen_by_scoring(own, capsys, refuses):
