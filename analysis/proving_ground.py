@@ -63,6 +63,7 @@ ABLATIONS: dict[str, dict] = {
     "8 directions": {"_DIRECTIONS": 8},
     "one split a class": {"_CANDIDATES": 1, "_CANDIDATES_TOLD": 1},
     "halves not split again": {"_MIN_HALF": 10**12},
+    "parts of halves near to the rest too": {"_AWAY": 1.0},
     "one component a half": {"_FINER": ()},
     "numbers of components weigh the same": {"_COUNT_ERROR": 1e9},
     "no distinctness": {"_WEIGHTS": {"distinct": 0.0}},

@@ -39,13 +39,14 @@ _ROWS_PER_DIRECTION = 10  # fewer rows than that for each principal direction, a
 _MIN_VARIANCE = 1e-6  # relative to the largest; features are float32, below this is rounding
 _DEGREES = 4.0  # of freedom of the t components: with Gaussian ones, heavy tails pass for a second component
 _MIN_CLASS = 8  # rows; a smaller class is not split
-_MIN_HALF = 16  # rows; a smaller half is not split again
+_MIN_HALF = 16  # rows; a smaller half is not split again,
+_SPLIT_AGAIN = 2  # and so the halves of so many splits of each class are
 _SEARCH_ROWS = 1000  # of a class, evenly spread; the search for splits gains nothing from more
 _SHORT_RUN, _LONG_RUN = 12, 80  # EM steps
 _SMALLEST = -30.0  # log-responsibility; denormal numbers make BLAS a hundred times slower
 _CANDIDATES, _CANDIDATES_TOLD = 6, 8  # splits kept of each class; the number of poisoned rows adds starts
 _FINER = 2, 3  # components of the larger half, once a class is suspected, beside one
-_SAME_SPLIT = 0.97  # two splits that agree on so many rows are one
+_SAME_SPLIT = 0.97  # two splits that agree on so many rows are one, and two halves that share so many of theirs
 _BLOCK = 8192  # rows in float64 at a time
 _DESIGNED = 512  # rows of a design at a time: 561 numbers each, which then fit the processor's cache
 _ENTRIES = 2**21  # responsibilities at a time, in EM over all rows of a class
@@ -63,6 +64,7 @@ _DISTINCT_ROWS = 4096  # of a class, evenly spread, tell it
 _FEW_DISTINCT = 40.0  # rows: a gap beside so many counts by two thirds
 _UNEQUAL = 1.5  # upper over lower quartile of the class sizes: beyond, they are unequal by nature. One class is what poison adds
 _LARGER = 2.0  # deviations of the class sizes: so much larger, and the surplus is sought among the splits
+_AWAY = 1e-6  # of the widest gap of its class: less than that from the rest of the class, and the part of a half counts as so far
 _FEW = 10.0  # rows: a statistic of as many counts half
 _SHARE_ERROR = 0.1  # of the class: how far the size of a half may be off before EM with the right weight puts it right
 _COUNT_ERROR = 0.1  # of the expected number of poisoned rows: how far off it may be, and what EM ends with
@@ -175,7 +177,7 @@ class BackdoorDefense:
         self._look(features, logits, splits)
         self.distinct_ = self._distinctness(splits)
         of_class, best = _ranked(splits, self._evidence(splits))
-        nested = self._nested(splits, {c: index for c, (_, index, _) in best.items()})
+        nested = self._nested(splits, of_class)
         if nested:
             self._look(features, logits, nested)  # reads all features once more
             splits += nested
@@ -209,23 +211,33 @@ class BackdoorDefense:
     def _directions(self, c, most=_BASIS):
         return _class_coordinates(self.white_[self.rows_[c]], len(self.rows_[c]) / len(self.labels_), most)
 
-    def _nested(self, splits, best):
-        """Splits of both halves of the best split of each class; the rows beside that half are a third part.
+    def _nested(self, splits, of_class):
+        """Splits of both halves of the likeliest splits of each class; the rows beside that half are a third part.
 
-        Kept are those that lie further apart than all splits of the class (a new gap, and not the same again) and gain
-        likelihood. A half with fewer rows than are poisoned is left as it is.
+        Kept are those that lie further apart than all splits of the class (a new gap), make no half that there is already
+        (not the same gap again) and gain likelihood. A half with fewer rows than are poisoned is left as it is.
         """
         nested, most = [], _most(splits)
-        for c, index in best.items():
-            for half, beside in zip(splits[index]["halves"], splits[index]["statistics"][::-1], strict=True):
-                if half.sum() < max(_MIN_HALF, self.n_poisoned_ or 0):
-                    continue
-                values = self.coordinates_[c][half]
-                for inner in _candidates(values, self.n_poisoned_, apart=most["separation", c, False]):
-                    if inner["held_out"] > 0 and inner["halves"].sum(axis=1).min() >= _MIN_CLASS:
+        for c, hypotheses in of_class.items():
+            values, widest = self.coordinates_[c], most["separation", c, False]
+            sought = self._sought(len(values))
+            there = np.concatenate([splits[index]["halves"] for _, index, side in hypotheses if side == 0])
+            likeliest = dict.fromkeys(index for _, index, _ in sorted(hypotheses, key=lambda h: -h[0]))
+            for split in (splits[index] for index in list(likeliest)[:_SPLIT_AGAIN]):
+                for half, beside in zip(split["halves"], split["statistics"][::-1], strict=True):
+                    if half.sum() < max(_MIN_HALF, sought or 0):
+                        continue
+                    for inner in _candidates(values[half], sought, apart=widest):
                         parts, halves = np.zeros((3, len(half))), np.zeros((2, len(half)), bool)
                         parts[:2, half], parts[2], halves[:, half] = inner["parts"], ~half, inner["halves"]
-                        nested.append({**inner, "parts": parts, "halves": halves, "class": c, "beside": beside})
+                        least = halves.sum(axis=1).min()
+                        if inner["held_out"] <= 0 or least < _MIN_CLASS or _shared(halves, there) > _SAME_SPLIT:
+                            continue
+                        # The poison is as far from all clean rows as from those that were split off with it.
+                        away = np.array([_separation(values, one) for one in halves])
+                        away = np.maximum(away / max(widest, *away), _AWAY)
+                        of_three = {"parts": parts, "halves": halves, "beside": beside, "away": away}
+                        nested.append({**inner, "class": c, **of_three})
         return nested
 
     def _suspects(self, ranked):
@@ -343,7 +355,7 @@ class BackdoorDefense:
         natural = max(_DISTINCT, _MORE_DISTINCT * np.median(list(self.distinct_.values())))
         for index, split in enumerate(splits):
             most_apart, most_gained = (most[n, split["class"], _is_nested(split)] for n in ("separation", "held_out"))
-            apart = np.log((split["separation"] + 1e-12) / (most_apart + 1e-12))
+            apart = np.log((split["separation"] + 1e-12) / (most_apart + 1e-12)) + np.log(split.get("away", 1.0))
             few = split["sizes"] / (split["sizes"] + _FEW)  # statistics of few rows are noisy
             # Where a class has three parts, the poisoned one is also unlike the natural ones, and these are like each other.
             z = np.array([split["statistics"] - usual_look for usual_look in (centre, split.get("beside", centre))])
@@ -402,6 +414,12 @@ class BackdoorDefense:
 
 def _is_nested(split):
     return "beside" in split
+
+
+def _shared(halves, others):
+    """Rows in both of two halves, over those in either, for the two most alike; halves (a, n) bool, others (b, n)."""
+    both = halves.astype(float) @ others.T
+    return (both / (halves.sum(axis=1)[:, None] + others.sum(axis=1) - both)).max()
 
 
 def _likeliest(splits):
@@ -496,7 +514,7 @@ def _candidates(values, n_poisoned, apart=0.0):
     held_out, the gain in likelihood; separation, the distance of the two means in whitened units.
     """
     n = len(values)
-    sample = np.argsort(values[:, 0], kind="stable")[:: -(-n // _SEARCH_ROWS)] if n > _SEARCH_ROWS else np.arange(n)
+    sample = _evenly(values, _SEARCH_ROWS) if n > _SEARCH_ROWS else np.arange(n)
     few = values[sample]
     design = _Design(few)
     wanted = None if n_poisoned is None else round(n_poisoned * len(sample) / n)
@@ -527,6 +545,12 @@ def _candidates(values, n_poisoned, apart=0.0):
         "separation": separation,
     }
     return [dict(zip(columns, of_split, strict=True)) for of_split in zip(*columns.values(), strict=True)]
+
+
+def _evenly(values, most):
+    """Which rows of values (n, k) to take where no more than that many will do: evenly spread along the first column."""
+    n = len(values)
+    return np.argsort(values[:, 0], kind="stable")[np.arange(min(n, most)) * n // min(n, most)]
 
 
 def _separation(values, up):
@@ -807,7 +831,7 @@ def _ashmans_d(values, up):
     """Ashman's D (Ashman, Bird & Zepf 1994, AJ 108:2348) of two halves of values (n, k): how far apart their means lie along
     the linear discriminant, in deviations, each row along one that was not fitted to it.
     """
-    some = np.argsort(values[:, 0], kind="stable")[:: -(-len(values) // _DISTINCT_ROWS)]
+    some = _evenly(values, _DISTINCT_ROWS)
     values, up = values[some], up[some]
     if min(up.sum(), (~up).sum()) < 2:  # each fold needs both
         return 0.0

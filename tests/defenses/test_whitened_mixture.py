@@ -188,6 +188,35 @@ def test_which_surplus_is_sought():
     assert defense._sought(660) == 70
 
 
+def test_the_part_of_a_half_that_is_near_to_the_rest_of_its_class_is_less_likely_poison():
+    """60 poisoned rows and 100 clean ones were split off together; the clean ones lie nearer to the other 440."""
+    defense, generator = defenses.load(NAME, use_class_sizes=False), np.random.default_rng(0)
+    defense.n_poisoned_, defense.sizes_tell_ = 60, False
+    clean, poisoned = np.repeat([False, True, False], [440, 100, 60]), np.repeat([False, False, True], [440, 100, 60])
+    values = generator.normal(size=(600, 4)) + np.outer(clean, [3, 0, 0, 0]) + np.outer(poisoned, [2, 10, 0, 0])
+    defense.coordinates_, defense.rows_, defense.distinct_ = [values], [np.arange(600)], {0: 1.0}
+    off = clean | poisoned
+    alike = {"class": 0, "statistics": np.zeros((2, 10)), "held_out": 0.0}
+    first = {**alike, "halves": np.stack([off, ~off]), "sizes": np.array([160, 440])}
+    first["separation"] = np.linalg.norm(values[off].mean(axis=0) - values[~off].mean(axis=0))
+    of_class = {0: [(1.0, 0, 0), (0.0, 0, 1)]}
+    nested = [split for split in defense._nested([first], of_class) if (split["halves"] == poisoned).all(axis=1).any()]
+    assert nested, "no split between the poisoned rows and the clean ones beside them"
+    looked_at = {**nested[0], "statistics": np.zeros((2, 10)), "sizes": nested[0]["halves"].sum(axis=1)}
+    side = int(not (nested[0]["halves"][0] == poisoned).all())
+    evidence = defense._evidence([first, looked_at])[1]
+    assert evidence[side] > evidence[1 - side] + 3
+    assert nested[0]["away"][side] == 1, "the widest gap is no reason against it"
+
+
+def test_a_part_of_the_rows_is_taken_evenly():
+    values = np.random.default_rng(0).normal(size=(1260, 2))
+    ranks = np.argsort(np.argsort(values[:, 0]))
+    taken = ranks[module()._evenly(values, 1000)]
+    assert len(taken) == 1000 and set(np.diff(taken)) == {1, 2}
+    assert (ranks[module()._evenly(values, 2000)] == np.arange(1260)).all()
+
+
 def poison_of_many_sources(seed):
     """Most of the class is poison; its rows keep something of nine other classes, and not all carry the whole trigger."""
     dump = relabelled(0.83, n=6000, d=48, target=1, seed=seed, shift=16.0)
