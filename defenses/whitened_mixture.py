@@ -9,7 +9,7 @@ each other and from the halves of other classes more than natural sub-classes do
    class varies most against the others.
 2. Fit two multivariate-t components with full covariances by EM (Peel & McLachlan 2000, Statistics and Computing
    10:339) from several short runs (Biernacki et al. 2003, CSDA 41:561). The different splits that they end in are kept.
-   Both halves of the best one are split again: where a class has natural parts, few poisoned rows hide in one of them.
+   Both halves of the best two are split again: where a class has natural parts, few poisoned rows hide in one of them.
 3. Weigh each half of each split as the poison: how far the halves lie apart, how much likelihood two components gain on
    held-out rows, and how unlike the halves of all other classes its spread, place, confidence and traces of other
    classes are. A class whose halves are more distinct than natural ones is suspect (Ashman, Bird & Zepf 1994, AJ 108:2348).
