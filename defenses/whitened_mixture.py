@@ -96,7 +96,7 @@ class BackdoorDefense:
         large; where they clearly are not (upper quartile over 1.5 times the lower), and with False, none is looked at.
     threshold : float
         Evidence above which a class is suspected where the poison fraction is not known. On the development dumps clean
-        classes reached 6.4, one of them 11.1; and 8.9 without class sizes, one of them (on two dumps) 12.2 and 16.2.
+        classes reached 6.1, one of them 10.0; and 8.9 without class sizes, one of them (on two dumps) 12.2 and 15.7.
 
     Attributes
     ----------
