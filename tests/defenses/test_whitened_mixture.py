@@ -188,25 +188,53 @@ def test_which_surplus_is_sought():
     assert defense._sought(660) == 70
 
 
-def test_the_part_of_a_half_that_is_near_to_the_rest_of_its_class_is_less_likely_poison():
-    """60 poisoned rows and 100 clean ones were split off together; the clean ones lie nearer to the other 440."""
+def split_again(*others):
+    """Of a class of 600 rows, 60 poisoned and 100 clean ones were split off together; the clean ones lie nearer to the rest.
+
+    Returns the defense, all splits (that one, and others given by one of their halves), those of halves, and who is poisoned.
+    """
     defense, generator = defenses.load(NAME, use_class_sizes=False), np.random.default_rng(0)
     defense.n_poisoned_, defense.sizes_tell_ = 60, False
     clean, poisoned = np.repeat([False, True, False], [440, 100, 60]), np.repeat([False, False, True], [440, 100, 60])
     values = generator.normal(size=(600, 4)) + np.outer(clean, [3, 0, 0, 0]) + np.outer(poisoned, [2, 10, 0, 0])
     defense.coordinates_, defense.rows_, defense.distinct_ = [values], [np.arange(600)], {0: 1.0}
-    off = clean | poisoned
-    alike = {"class": 0, "statistics": np.zeros((2, 10)), "held_out": 0.0}
-    first = {**alike, "halves": np.stack([off, ~off]), "sizes": np.array([160, 440])}
-    first["separation"] = np.linalg.norm(values[off].mean(axis=0) - values[~off].mean(axis=0))
-    of_class = {0: [(1.0, 0, 0), (0.0, 0, 1)]}
-    nested = [split for split in defense._nested([first], of_class) if (split["halves"] == poisoned).all(axis=1).any()]
-    assert nested, "no split between the poisoned rows and the clean ones beside them"
-    looked_at = {**nested[0], "statistics": np.zeros((2, 10)), "sizes": nested[0]["halves"].sum(axis=1)}
-    side = int(not (nested[0]["halves"][0] == poisoned).all())
-    evidence = defense._evidence([first, looked_at])[1]
+    splits = [
+        {"halves": np.stack([off, ~off]), "sizes": np.array([off.sum(), (~off).sum()]), "separation": 5.0}
+        for off in (clean | poisoned, *others)
+    ]
+    splits = [{**split, "class": 0, "statistics": np.zeros((2, 10)), "held_out": 0.0} for split in splits]
+    of_class = {0: [(-float(index), index, side) for index in range(len(splits)) for side in (0, 1)]}
+    return defense, splits, defense._nested(splits, of_class), poisoned
+
+
+def test_the_part_of_a_half_that_is_near_to_the_rest_of_its_class_is_less_likely_poison():
+    defense, splits, nested, poisoned = split_again()
+    found = [split for split in nested if (split["halves"] == poisoned).all(axis=1).any()]
+    assert found, "no split between the poisoned rows and the clean ones beside them"
+    side = int(not (found[0]["halves"][0] == poisoned).all())
+    looked_at = {**found[0], "statistics": np.zeros((2, 10)), "sizes": found[0]["halves"].sum(axis=1)}
+    evidence = defense._evidence([*splits, looked_at])[1]
     assert evidence[side] > evidence[1 - side] + 3
-    assert nested[0]["away"][side] == 1, "the widest gap is no reason against it"
+    assert found[0]["away"][side] == 1, "the widest gap is no reason against it"
+
+
+def test_no_half_is_weighed_twice():
+    poisoned = split_again()[-1]
+    nearly = poisoned.copy()
+    nearly[0] = True  # 60 rows in either of both, of 61
+    for there in (poisoned, nearly):
+        nested = split_again(there)[2]
+        assert not any((half == poisoned).all() for split in nested for half in split["halves"])
+
+
+@pytest.mark.parametrize("order, found", [([1, 0, 2], True), ([1, 2, 0], False)])
+def test_the_halves_of_two_splits_are_split_again(order, found):
+    """Split 0 holds the poison together with clean rows; no half of the others has the poison as a part."""
+    every_other = np.arange(600) % 2 == 0
+    defense, splits, _, poisoned = split_again(every_other, ~every_other)
+    of_class = {0: [(-float(place), index, side) for place, index in enumerate(order) for side in (0, 1)]}
+    nested = defense._nested(splits, of_class)
+    assert found == any((half == poisoned).all() for split in nested for half in split["halves"])
 
 
 def test_a_part_of_the_rows_is_taken_evenly():
